@@ -1,0 +1,1 @@
+"""Carrara: text-to-image diffusion experiments on PyTorch Lightning."""

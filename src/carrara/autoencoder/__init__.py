@@ -1,0 +1,1 @@
+"""Auto-encoders: images <-> normalised latents."""

@@ -1,0 +1,133 @@
+"""From a run's resolved config to its objects."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from carrara.callback.checkpoint import newest_valid
+from carrara.callback.ema import trainable
+from carrara.callback.score import Score
+from carrara.component import load_component
+from carrara.config import Config, build, load_yaml
+from carrara.data.module import ShardData
+from carrara.diffusion.objective import Objective
+from carrara.errors import UserError
+from carrara.model.base import Model
+from carrara.run_folder import component_folder, is_finished, load_config
+
+_ARCHITECTURES = ("network", "conditioner", "autoencoder", "evaluator")
+
+
+def build_objective(config: Config) -> Objective:
+    """Schedule, target, times and weights of a run; a singular combination is a `UserError`."""
+    names = ("schedule", "parameterization", "time_sampling", "weighting")
+    try:
+        return Objective(**{name: build(config["diffusion"][name]) for name in names})
+    except ValueError as error:
+        raise UserError(f"diffusion: {error}") from None
+
+
+def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
+    """The LightningModule of a run, and its architectures by node; those named in `part` hold their trained weights.
+
+    What the constructor asks for and the model's own node does not say is the node of that name.
+    """
+    modules: dict[str, nn.Module] = {}
+    for name in _ARCHITECTURES:
+        reference = (config.get("part") or {}).get(name)
+        if reference is not None:
+            modules[name] = load_component(Path(reference), name)[0].requires_grad_(False)
+        elif isinstance(config.get(name), Mapping):
+            modules[name] = build(config[name])
+    node = config["model"]
+    available: dict[str, Any] = dict(modules)
+    if "diffusion" in config:
+        available["objective"] = build_objective(config)
+    model_class = build({"_target_": node["_target_"], "_partial_": True}).func
+    wanted = inspect.signature(model_class).parameters.keys() - node.keys()
+    return build(node, **{name: available[name] for name in available.keys() & wanted}), modules
+
+
+def build_scores(config: Config, data: ShardData, modules: Mapping[str, nn.Module]) -> list[Score]:
+    """The scores of every epoch; each takes what it asks for of what there is."""
+    available: dict[str, Any] = {"check": data.prompt_check}
+    if "diffusion" in config:
+        available |= {name: build(config["diffusion"][name]) for name in ("sampler", "guidance")}
+        available["evaluator"] = modules.get("evaluator")
+    score = build(config["callback"]["score"])
+    wanted = inspect.signature(score).parameters.keys()
+    return [
+        build(config["callback"]["validation_loss"]),
+        score(**{name: available[name] for name in available.keys() & wanted}),
+    ]
+
+
+def exported_config(config: Config, kind: str) -> Config:
+    """The node a run's exported part is built from."""
+    if kind != "noise_predictor":
+        return dict(config[kind])
+    return {
+        "_target_": "carrara.model.diffusion.NoisePredictor",
+        "network": config["network"],
+        "conditioner": config["conditioner"],
+    }
+
+
+def load_trained(folder: Path) -> tuple[Config, Model, dict[str, nn.Module]]:
+    """A run's config and its model in evaluation mode, with averaged weights: exported, or of the newest checkpoint.
+
+    Raises:
+        UserError: the run has neither.
+    """
+    config = load_config(folder)
+    model, modules = build_model(config)
+    if is_finished(folder):
+        trained, _ = load_component(component_folder(folder), model.kind)
+        model.exported.load_state_dict(trained.state_dict())
+        return config, model.eval(), modules
+    checkpoint = newest_valid(folder / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoint yet: train it with python train.py resume={folder}")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["state_dict"], strict=False)  # frozen parts are not in it
+    average = state["callbacks"]["EMA"]["average"]
+    with torch.no_grad():
+        for name, parameter in trainable(model):
+            parameter.copy_(average[name])
+    return config, model.eval(), modules
+
+
+def set_sampling(
+    config: Config, conf_dir: Path, sampler: str | None, num_steps: int | None, scale: float | None
+) -> None:
+    """Other ways to sample in a run's config, where they are not None.
+
+    Args:
+        sampler: an option of `conf/diffusion/sampler`.
+        num_steps: of the sampler.
+        scale: of the guidance.
+
+    Raises:
+        UserError: a run without sampling, or a sampler that is not there.
+    """
+    if "diffusion" not in config:
+        if (sampler, num_steps, scale) != (None, None, None):
+            raise UserError(f"{config['name']} samples nothing: leave sampler, num_steps and guidance_scale out")
+        return
+    if sampler is not None:
+        path = conf_dir / "diffusion" / "sampler" / f"{sampler}.yaml"
+        if not path.is_file():
+            there = sorted(p.stem for p in path.parent.glob("*.yaml"))
+            close = difflib.get_close_matches(sampler, there, 1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
+            raise UserError(f"sampler={sampler} is not known; {hint}")
+        config["diffusion"]["sampler"] = load_yaml(path)
+    if num_steps is not None:
+        config["callback"]["score"]["num_steps"] = num_steps
+    if scale is not None:
+        config["diffusion"]["guidance"]["scale"] = scale

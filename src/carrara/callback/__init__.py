@@ -1,0 +1,1 @@
+"""Lightning callbacks: averaging of weights, evaluation, checkpoints, logging."""

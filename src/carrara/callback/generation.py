@@ -1,0 +1,195 @@
+"""Scores of pictures generated for the validation captions."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from carrara.callback.score import Setting, prefix
+from carrara.diffusion.guidance import ClassifierFree
+from carrara.diffusion.sampler import Sampler
+from carrara.evaluator.clip import CLIP
+from carrara.metric.clip_score import CLIPScore
+from carrara.metric.extractor import FeatureExtractor, InceptionExtractor
+from carrara.metric.frechet import FrechetDistance
+from carrara.metric.kernel_distance import KernelDistance
+from carrara.metric.prompt_accuracy import Check, PromptAccuracy
+from carrara.metric.r_precision import RPrecision
+from carrara.model.base import Model
+from carrara.model.diffusion import DiffusionModel
+from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
+from carrara.pipeline.text_to_image import TextToImage, Watch
+
+DISTANCES = ("fd_evaluator", "kd_evaluator", "fid_inception")  # of two sets of pictures, no captions read
+
+
+@dataclass
+class PictureScores:
+    """The metrics of one set of generated pictures.
+
+    Args:
+        evaluator: embeds pictures and captions; its own features give `fd_evaluator` and `kd_evaluator`.
+        inception: features for `fid_inception`; None where the user gave no weights.
+        check: see `PromptAccuracy`; None where no parser reads the data.
+        num_images: how many pictures there will be.
+        device: of the metrics.
+        captioned: whether the generated pictures have captions; without, only distances are scored.
+    """
+
+    evaluator: CLIP | None
+    inception: FeatureExtractor | None
+    check: Check | None
+    num_images: int
+    device: torch.device
+    captioned: bool = True
+    metrics: dict[str, Metric] = field(init=False)
+
+    def __post_init__(self) -> None:
+        metrics: dict[str, Metric] = {}
+        if self.evaluator is not None:
+            width = self.evaluator.embedding_width
+            metrics["fd_evaluator"] = FrechetDistance(width, self.num_images)
+            metrics["kd_evaluator"] = KernelDistance(width)
+            metrics["clip_score"] = CLIPScore()
+            metrics["r_precision"] = RPrecision(width)
+        if self.inception is not None:
+            metrics["fid_inception"] = FrechetDistance(self.inception.feature_dim, self.num_images)
+        if self.check is not None:
+            metrics["prompt_accuracy"] = PromptAccuracy(self.check)
+        if not self.captioned:
+            metrics = {name: metric for name, metric in metrics.items() if name in DISTANCES}
+        self.metrics = {name: metric.to(self.device) for name, metric in metrics.items()}
+
+    def add_real(self, images: Tensor, index: Tensor) -> None:
+        """Add real pictures, uint8 (B, 3, R, R), with unique indices (B,)."""
+        if self.evaluator is not None:
+            features = self.evaluator.embed_images(images.float() / 127.5 - 1)
+            self.metrics["fd_evaluator"].update(features, True)
+            self.metrics["kd_evaluator"].update(features, index, True)
+        if self.inception is not None:
+            self.metrics["fid_inception"].update(self.inception(images), True)
+
+    def add_generated(self, images: Tensor, captions: list[str], index: Tensor) -> None:
+        """Add generated pictures, uint8 (B, 3, R, R), with unique indices (B,)."""
+        m = self.metrics
+        if self.inception is not None:
+            m["fid_inception"].update(self.inception(images), False)
+        if self.evaluator is not None:
+            features = self.evaluator.embed_images(images.float() / 127.5 - 1)
+            m["fd_evaluator"].update(features, False)
+            m["kd_evaluator"].update(features, index, False)
+            if self.captioned:
+                texts = self.evaluator.embed_texts(captions)
+                m["clip_score"].update(features, texts)
+                m["r_precision"].update(features, texts, captions, index)
+        if self.check is not None and self.captioned:
+            m["prompt_accuracy"].update(captions, images)
+
+    def compute(self) -> dict[str, float]:
+        """All scores, over all ranks."""
+        scores: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            value: Any = metric.compute()
+            if isinstance(value, dict):
+                scores |= {f"{name}/{key}": float(share) for key, share in value.items()}
+            else:
+                scores[name] = float(value)
+        return scores
+
+
+PREVIEWS = 16  # pictures of each split to look at
+STRIP_ROWS = 4
+
+
+class Generation:
+    """Logs `val/fd_evaluator`, `val/kd_evaluator`, `val/clip_score`, `val/r_precision`, `val/prompt_accuracy/…` and,
+    where there are weights, `val/fid_inception`; leaves a grid and the strip from noise to picture.
+
+    Args:
+        sampler, guidance, num_steps, seed: how the pictures are made.
+        num_images: captions of each split; all if there are fewer.
+        batch_size: pictures in a chunk.
+        num_frames: columns of the strip.
+        resolution: of the pictures.
+        evaluator: see `PictureScores`.
+        inception: the path of the weights for `val/fid_inception`; None to go without.
+        check: see `PictureScores`.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        guidance: ClassifierFree,
+        num_steps: int,
+        seed: int,
+        num_images: int,
+        batch_size: int,
+        num_frames: int,
+        resolution: int,
+        inception: str | None,
+        evaluator: CLIP | None,
+        check: Check | None,
+    ):
+        self.sampler, self.guidance, self.num_steps, self.seed = sampler, guidance, num_steps, seed
+        self.num_images, self.batch_size, self.num_frames = num_images, batch_size, num_frames
+        self.resolution = resolution
+        self.evaluator, self.check = evaluator, check
+        self.inception = None if inception is None else InceptionExtractor(inception)
+
+    def __call__(self, model: Model, setting: Setting) -> dict[str, float]:
+        assert isinstance(model, DiffusionModel)
+        return self.score(TextToImage.of(model, self.resolution), setting)
+
+    def score(self, pipeline: TextToImage, setting: Setting) -> dict[str, float]:
+        """The scores of a pipeline's pictures; every rank calls it."""
+        for module in (self.evaluator, self.inception):
+            if isinstance(module, nn.Module):
+                module.to(setting.device)
+        scores: dict[str, float] = {}
+        for split, indices in setting.validation.splits.items():
+            indices = indices[: self.num_images]
+            judge = PictureScores(self.evaluator, self.inception, self.check, len(indices), setting.device)
+            for chunk in setting.chunks(indices, self.batch_size):
+                batch = setting.validation.take(chunk)
+                first = chunk[0] == indices[0] and setting.samples_dir is not None
+                watch = Watch(pipeline, self.num_steps, self.num_frames, STRIP_ROWS) if first else None
+                with torch.no_grad(), setting.autocast():
+                    pictures = to_uint8(
+                        pipeline(
+                            batch["captions"],
+                            batch["positions"].tolist(),
+                            self.seed,
+                            self.sampler,
+                            self.guidance,
+                            self.num_steps,
+                            watch,
+                        )
+                    )
+                    real = batch["images"].to(setting.device)
+                    judge.add_real(real, batch["positions"])
+                    judge.add_generated(pictures, batch["captions"], batch["positions"])
+                if first:
+                    self._show(setting, split, pictures, batch["captions"], watch)
+            scores |= {f"{prefix(split)}{name}": value for name, value in judge.compute().items()}
+            scores[f"{prefix(split)}num_images"] = float(len(indices))
+        return scores
+
+    def _show(
+        self,
+        setting: Setting,
+        split: str,
+        pictures: Tensor,
+        captions: list[str],
+        watch: Watch | None,
+    ) -> None:
+        assert setting.samples_dir is not None
+        pictures, captions = pictures[:PREVIEWS], captions[:PREVIEWS]
+        answers = [{}] * len(captions) if self.check is None else self.check(captions, pictures.cpu())
+        tiles = [{"caption": c, "correct": answer.get("all")} for c, answer in zip(captions, answers, strict=True)]
+        name = "epoch" if split == "held_out" else split
+        save_grid(setting.samples_dir / f"{name}={setting.epoch:04d}.png", pictures, 8, tiles)
+        if split == "held_out" and watch is not None:
+            frames = torch.stack([to_uint8(frame) for frame in watch.frames])
+            save_strip(setting.samples_dir / "strip.png", frames, captions[:STRIP_ROWS], watch.times)

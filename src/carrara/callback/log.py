@@ -1,0 +1,138 @@
+"""Where scores go: `metrics.jsonl`, which is the truth, and W&B, which mirrors it."""
+
+import json
+import logging
+import os
+import secrets
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+_log = logging.getLogger(__name__)
+
+
+class JsonLines(Logger):
+    """Appends one JSON object a call to `metrics.jsonl`.
+
+    Args:
+        path: the file.
+        batch_size: global batch; images seen = steps · batch_size.
+        steps_per_epoch: optimizer steps between two evaluations.
+    """
+
+    def __init__(self, path: Path, batch_size: int, steps_per_epoch: int):
+        super().__init__()
+        self.path = path
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return self.path.parent.name
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert step is not None
+        facts = counters(step, self.batch_size, self.steps_per_epoch)
+        values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        line = json.dumps(facts | {"time": time.time()} | values)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def cut_back(self, step: int) -> None:
+        """Forget what was logged after `step`, before a resumed run logs it again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # a line cut by a kill
+                continue
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def counters(step: int, batch_size: int, steps_per_epoch: int) -> dict[str, int]:
+    """The three counters every line carries; epochs count from 1, so that one's scores bear its number."""
+    return {"step": step, "images_seen": step * batch_size, "epoch": -(-step // steps_per_epoch)}
+
+
+class Wandb(WandbLogger):
+    """W&B with our own counters as axes; offline, and saying so, where there is no key.
+
+    Args:
+        folder: the run's; its W&B id is kept there, so that a resumed run is the same run.
+        config: resolved, without secrets; `logger.wandb` says which project.
+        batch_size, steps_per_epoch: see `JsonLines`.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], batch_size: int, steps_per_epoch: int):
+        settings = config["logger"]["wandb"]
+        os.environ.setdefault("WANDB_SILENT", "true")  # what is worth saying is said below, once
+        mode = os.environ.get("WANDB_MODE") or settings["mode"]
+        online = mode == "online" or (mode == "auto" and wandb.login(prompt=False))
+        identity = folder / "wandb_id.txt"
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            if not online and mode != "disabled":
+                _log.info(
+                    "W&B: offline, for want of a key (wandb login); later: wandb sync %s/wandb/offline-*",
+                    folder,
+                )
+            if not identity.exists():
+                identity.write_text(secrets.token_hex(4))
+        super().__init__(
+            name="/".join(folder.parts[-2:]),
+            id=identity.read_text() if identity.exists() else None,
+            save_dir=folder,
+            project=settings["project"],
+            entity=settings["entity"],
+            tags=settings["tags"],
+            offline=not online,
+            group=config["sweep"],
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off", mode="online" if online else "offline"),
+        )
+        self.batch_size = batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self._axes_defined = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert step is not None
+        if not self._axes_defined:
+            self.experiment.define_metric("images_seen")
+            self.experiment.define_metric("*", step_metric="images_seen")
+            self._axes_defined = True
+        facts = counters(step, self.batch_size, self.steps_per_epoch)
+        values = {name: value for name, value in metrics.items() if name != "epoch"}
+        self.experiment.log(facts | values)
+
+    @rank_zero_only
+    def log_pictures(self, paths: list[Path], step: int) -> None:
+        """Grids of pictures, each with a table of its captions and of what is right."""
+        facts: dict[str, Any] = dict(counters(step, self.batch_size, self.steps_per_epoch))
+        for path in paths:
+            name = path.name.partition("=")[0]
+            tiles = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["captions"]
+            facts[f"samples/{name}"] = wandb.Image(str(path))
+            rows = [[tile["caption"], tile["correct"]] for tile in tiles]
+            facts[f"samples/{name}_captions"] = wandb.Table(columns=["caption", "correct"], data=rows)
+        self.experiment.log(facts)

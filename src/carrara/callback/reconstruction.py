@@ -1,0 +1,64 @@
+"""How well an auto-encoder's pictures come back."""
+
+import torch
+from torch import Tensor
+
+from carrara.autoencoder.base import Autoencoder
+from carrara.callback.score import Setting, prefix
+from carrara.metric.prompt_accuracy import Check, PromptAccuracy
+from carrara.metric.psnr import PSNR
+from carrara.model.base import Model
+from carrara.pipeline.pictures import save_grid, to_uint8
+
+
+class Reconstruction:
+    """Logs `val/psnr` and, where a parser reads the pictures, `val/reconstruction_accuracy`.
+
+    Args:
+        num_images: pictures of each split; all if there are fewer.
+        batch_size: pictures a forward pass.
+        num_previews: pairs of picture and reconstruction to look at.
+        check: see `PromptAccuracy`; None where no parser reads the data.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, num_previews: int, check: Check | None):
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.num_previews = num_previews
+        self.check = check
+
+    def __call__(self, model: Model, setting: Setting) -> dict[str, float]:
+        autoencoder = model.exported
+        assert isinstance(autoencoder, Autoencoder)
+        scores = {}
+        for split, indices in setting.validation.splits.items():
+            name = prefix(split)
+            psnr = PSNR().to(setting.device)
+            accuracy = None if self.check is None else PromptAccuracy(self.check).to(setting.device)
+            for chunk in setting.chunks(indices[: self.num_images], self.batch_size):
+                batch = setting.validation.take(chunk)
+                images = batch["images"].to(setting.device)
+                with setting.autocast():
+                    reconstruction = to_uint8(self._round_trip(autoencoder, images))
+                psnr.update(reconstruction, images)
+                if accuracy is not None:
+                    accuracy.update(batch["captions"], reconstruction)
+                if chunk[0] == indices[0] and split == "held_out":
+                    self._preview(images, reconstruction, batch["captions"], setting)
+            scores[f"{name}psnr"] = float(psnr.compute())
+            scores[f"{name}num_images"] = float(min(self.num_images, len(indices)))
+            if accuracy is not None:
+                scores[f"{name}reconstruction_accuracy"] = float(accuracy.compute()["all"])
+        return scores
+
+    def _round_trip(self, autoencoder: Autoencoder, images: Tensor) -> Tensor:
+        z = autoencoder.encode(images.float() / 127.5 - 1)
+        return autoencoder.decode(z)
+
+    def _preview(self, images: Tensor, reconstruction: Tensor, captions: list[str], setting: Setting) -> None:
+        if setting.samples_dir is None:
+            return
+        n = min(self.num_previews, len(images))
+        pairs = torch.stack([images[:n], reconstruction[:n]], dim=1).flatten(0, 1)
+        path = setting.samples_dir / f"reconstruction={setting.epoch:04d}.png"
+        save_grid(path, pairs, 8, [{"caption": caption, "correct": None} for caption in captions[:n]])

@@ -1,0 +1,26 @@
+"""Tokenizers learn their vocabulary before the first step: once, on rank 0."""
+
+from collections.abc import Callable, Iterable
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from carrara.network.tokenizer import Tokenizer
+
+
+class Vocabulary(Callback):
+    """Trains every tokenizer of the model that has no vocabulary yet, and gives it to all ranks.
+
+    Args:
+        captions: gives the training captions, in one order.
+    """
+
+    def __init__(self, captions: Callable[[], Iterable[str]]):
+        self.captions = captions
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        for module in pl_module.modules():
+            if isinstance(module, Tokenizer) and not module.trained:
+                if trainer.is_global_zero:
+                    module.train_on(self.captions())
+                module.set_extra_state(trainer.strategy.broadcast(module.get_extra_state()))

@@ -1,0 +1,70 @@
+"""`python generate.py run=DIR prompt="…"`: pictures, a grid and the strip of intermediate steps."""
+
+import logging
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from carrara.build import load_trained, set_sampling
+from carrara.command_line import quote_free_text, split_flags
+from carrara.config import build, compose
+from carrara.errors import UserError
+from carrara.model.diffusion import DiffusionModel
+from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
+from carrara.pipeline.text_to_image import TextToImage, Watch
+from carrara.precision import default_device
+from carrara.run_folder import find_run
+
+NAME = "generate"
+_STRIP_ROWS = 4
+
+_log = logging.getLogger(__name__)
+
+
+def main(conf_dir: Path, argv: list[str]) -> None:
+    """Generates as `argv` says.
+
+    Raises:
+        UserError: a mistake in the command, or a run that makes no pictures.
+    """
+    flags, overrides = split_flags(quote_free_text(argv))
+    if flags:
+        print((conf_dir / f"{NAME}.yaml").read_text())
+        return
+    order = compose(conf_dir, NAME, overrides).config
+    folder = find_run(str(order["run"]), Path(order["runs_dir"]))
+    prompts = [order["prompt"]] if isinstance(order["prompt"], str) else [str(p) for p in order["prompt"]]
+    for key in ("count", "num_frames", "batch_size"):
+        if not isinstance(order[key], int) or order[key] < 1:
+            raise UserError(f"{key} must be a whole number from 1 on, not {order[key]!r}")
+    if not prompts:
+        raise UserError("prompt is an empty list: give at least one caption")
+    config, model, _ = load_trained(folder)
+    if not isinstance(model, DiffusionModel):
+        raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a diffusion run")
+    set_sampling(config, conf_dir, order["sampler"], order["num_steps"], order["guidance_scale"])
+    sampler, guidance = (build(config["diffusion"][name]) for name in ("sampler", "guidance"))
+    num_steps = config["callback"]["score"]["num_steps"]
+    pipeline = TextToImage.of(model.to(default_device()), config["data"]["resolution"])
+    watch = Watch(pipeline, num_steps, order["num_frames"], _STRIP_ROWS)
+    captions = [prompt for prompt in prompts for _ in range(order["count"])]
+    pictures = []
+    for start in range(0, len(captions), order["batch_size"]):
+        chunk = captions[start : start + order["batch_size"]]
+        indices = range(start, start + len(chunk))
+        on_step = watch if start == 0 else None
+        made = pipeline(chunk, indices, order["seed"], sampler, guidance, num_steps, on_step)
+        pictures.append(to_uint8(made).cpu())
+    images = torch.cat(pictures)
+    out = Path(order["out"] or folder / "generated" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    out.mkdir(parents=True, exist_ok=True)
+    for k, image in enumerate(images):  # the name says the number, never the caption: it is not ours
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{k:04d}.png")
+        (out / f"{k:04d}.txt").write_text(captions[k] + "\n", encoding="utf-8")
+    columns = order["count"] if len(prompts) > 1 else min(8, order["count"])
+    save_grid(out / "grid.png", images, columns, [{"caption": caption, "correct": None} for caption in captions])
+    frames = torch.stack([to_uint8(frame) for frame in watch.frames])
+    save_strip(out / "strip.png", frames, captions[:_STRIP_ROWS], watch.times)
+    _log.info("%d pictures, grid.png and strip.png in %s", len(images), out)

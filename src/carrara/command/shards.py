@@ -1,0 +1,49 @@
+"""`python shards.py do=make|inspect`: writes shards, and says what is in them."""
+
+from pathlib import Path
+from typing import Any
+
+from carrara.command_line import quote_free_text, split_flags
+from carrara.config import build, compose
+from carrara.data.module import ShardData
+from carrara.errors import UserError
+
+NAME = "shards"
+
+
+def main(conf_dir: Path, argv: list[str]) -> None:
+    """Does as `argv` says.
+
+    Raises:
+        UserError: a mistake in the command, or shards that cannot be used.
+    """
+    flags, overrides = split_flags(quote_free_text(argv))
+    if flags:
+        print((conf_dir / f"{NAME}.yaml").read_text())
+        return
+    order = compose(conf_dir, NAME, overrides).config
+    actions = {"make": _make, "inspect": _inspect}
+    if order["do"] not in actions:
+        raise UserError(f"do={order['do']} is not known; it is {' or '.join(actions)}")
+    actions[order["do"]](order)
+
+
+def _make(order: dict[str, Any]) -> None:
+    data = order["data"]
+    if data.get("make") is None:
+        raise UserError(f"data={data['name']} is not made here: its shards are somebody's files; take data=shapes")
+    build(data["make"])(data["root"])
+    _inspect(order)
+
+
+def _inspect(order: dict[str, Any]) -> None:
+    data: ShardData = build({key: value for key, value in order["data"].items() if key not in ("make", "root")})
+    for line in data.report():
+        print(line)
+    for shard in data.manifest.shards:
+        problems = ", ".join(f"{reason} {count}" for reason, count in shard.problems.items())
+        size = f"{shard.num_samples} samples, {shard.bytes / 1e6:.1f} MB"
+        print(f"  {shard.name}: {size}{'; ' if problems else ''}{problems}")
+    print("captions:")
+    for caption in data.captions(order["num_captions"]):
+        print(f"  {caption}")

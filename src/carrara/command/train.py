@@ -1,0 +1,246 @@
+"""`python train.py [model=…] [data=…] [key=value …]`: trains one model, and first the parts it lacks."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from carrara import parts, run_folder
+from carrara.command_line import RunFailed, quote, quote_free_text, show_error, split_flags
+from carrara.config import Composed, Config, build, check, compose, resolve, size_of, sweep_overrides
+from carrara.errors import UserError
+from carrara.world import Relay, World, outside_world
+
+NAME = "train"
+WORKER = "carrara.worker"  # has run(folder)
+_STOPPED = (129, 130, 131, 143)  # exit codes after SIGHUP, SIGINT, SIGQUIT, SIGTERM
+
+_log = logging.getLogger(__name__)
+
+Start = Callable[[Path, int], None]  # trains the run in a folder on so many devices of this machine, to its end
+
+
+def main(conf_dir: Path, argv: list[str]) -> None:
+    """Trains as `argv` says.
+
+    Raises:
+        UserError: a mistake, found before anything is built where it can be.
+        RunFailed: training failed, and why has been shown.
+    """
+    flags, overrides = split_flags(quote_free_text(argv))
+    sweep = bool({"-m", "--multirun"} & set(flags))
+    if flags and not sweep:  # --help, --cfg job, ...
+        compose(conf_dir, NAME, overrides)
+        _hydra_main(conf_dir, [*flags, *overrides])
+        return
+    world = outside_world()
+    if sweep:
+        _sweep(conf_dir, overrides, world)
+    elif world is None:
+        train(Job(conf_dir, compose(conf_dir, NAME, overrides), tuple(overrides)), _start_processes)
+    else:
+        _train_in_world(conf_dir, overrides, world)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to train.
+
+    Attributes:
+        overrides: of the command line.
+        folder: for the run; None makes a new one.
+    """
+
+    conf_dir: Path
+    composed: Composed
+    overrides: tuple[str, ...]
+    folder: Path | None = None
+    world: World | None = None
+
+
+def train(job: Job, start: Start) -> None:
+    """Trains the parts that are missing, then the run, in its folder."""
+    config, resumed = _config(job)
+    composed = Composed(config, job.composed.choices, job.composed.size)
+    if config["dry_run"]:
+        _show_plan(job.conf_dir, composed)
+        return
+    _check_devices(config)
+    if "diffusion" in config:
+        from carrara.build import build_objective
+
+        build_objective(config)  # a combination that is singular is told now, not after the parts are trained
+    parts.needed_parts(job.conf_dir, composed, None)  # a part that does not fit is told before data are made
+    data_fingerprint = build(config["data"]).fingerprint  # one process makes and scans what is missing
+    needed = parts.needed_parts(job.conf_dir, composed, data_fingerprint)
+    devices = config["trainer"]["devices"]
+    parts.train_missing(needed, lambda folder: start(folder, devices))
+    config = parts.with_parts(config, needed)
+    runs_dir = Path(config["runs_dir"])
+    folder = resumed or job.folder
+    if config["resume"] == "auto" and folder is None:
+        folder = run_folder.newest_unfinished(runs_dir, config)
+        if folder is not None:
+            _log.info("resuming %s", folder)
+            config = run_folder.continued(run_folder.load_config(folder), _changes(config))
+    if folder is None:
+        folder = run_folder.create_run_folder(runs_dir, config["name"], config["data"]["name"])
+    with run_folder.claim(folder):
+        run_folder.save_config(folder, {**config, "resume": None})
+        start(folder, devices)
+
+
+def _config(job: Job) -> tuple[Config, Path | None]:
+    """The config to train, and with `resume=RUN` the folder it came from."""
+    config = job.composed.config
+    given = [override.lstrip("+~").partition("=")[0] for override in job.overrides]
+    if job.world is not None:
+        config = {**config, "trainer": job.world.fill_in(config["trainer"], set(given))}
+        check(config)
+    if config["resume"] in (None, "auto"):
+        return config, None
+    folder = run_folder.find_run(str(config["resume"]), Path(config["runs_dir"]))
+    changed = [key for key in given if key not in ("resume", "dry_run", "runs_dir")]
+    if run_folder.is_finished(folder) and "trainer.max_steps" not in changed:
+        raise UserError(f"{folder} is finished; more trainer.max_steps=… make it longer")
+    if job.world is not None:
+        changed += ["trainer.devices", "trainer.num_nodes"]
+    changes = {key: config["trainer"].get(key.removeprefix("trainer.")) for key in changed}
+    saved = run_folder.continued(run_folder.load_config(folder), changes)
+    return {**saved, "dry_run": config["dry_run"]}, folder
+
+
+def _changes(config: Config) -> dict[str, object]:
+    """What a requeued job may have been given anew: the machine's side of the run."""
+    keys = [key for key in run_folder.CHANGEABLE if key != "trainer.max_steps"]
+    return {key: config["trainer"][key.removeprefix("trainer.")] for key in keys}
+
+
+def _check_devices(config: Config) -> None:
+    import torch  # here and below: a misspelt key is answered without waiting for torch
+
+    trainer = config["trainer"]
+    there = torch.cuda.device_count()
+    on_gpu = trainer["accelerator"] == "gpu" or (trainer["accelerator"] == "auto" and there > 0)
+    if on_gpu and trainer["devices"] > there:
+        raise UserError(f"trainer.devices={trainer['devices']}, but this machine has {there} GPUs")
+
+
+def _show_plan(conf_dir: Path, composed: Composed) -> None:
+    from carrara.data.module import ShardData
+    from carrara.plan import describe
+
+    node = {**composed.config["data"], "make": None}  # a plan makes nothing
+    data: ShardData | UserError
+    try:
+        if "://" in str(node.get("urls")):
+            raise UserError("they are remote, and a plan downloads nothing")
+        data = build(node)
+    except UserError as mistake:
+        made = UserError("they are made when training starts") if composed.config["data"].get("make") else None
+        data = made or mistake
+    data_fingerprint = None if isinstance(data, UserError) else data.fingerprint
+    needed = parts.needed_parts(conf_dir, composed, data_fingerprint)
+    print(describe(composed.config, needed, data))
+
+
+# --- processes ---
+
+
+def _start_processes(folder: Path, devices: int) -> None:
+    from carrara.launch import launch
+
+    code = launch(folder, devices, WORKER)
+    if code in _STOPPED:
+        sys.exit(code)
+    if code:
+        raise RunFailed(code)
+
+
+def _train_in_world(conf_dir: Path, overrides: list[str], world: World) -> None:
+    """The processes are there: rank 0 names the folders of runs, and all of them train there."""
+    worker = importlib.import_module(WORKER)
+    if world.rank > 0:
+        try:
+            for folder in Relay(world).receive():
+                worker.run(Path(folder))
+        except ConnectionError:
+            raise RunFailed(1) from None
+        return
+    with _ending(Relay(world)) as relay:
+
+        def start(folder: Path, devices: int) -> None:
+            relay.send(str(folder))
+            worker.run(folder)
+
+        train(Job(conf_dir, compose(conf_dir, NAME, overrides), tuple(overrides), world=world), start)
+
+
+@contextmanager
+def _ending(relay: Relay) -> Iterator[Relay]:
+    try:
+        yield relay
+    except BaseException:
+        relay.end(failed=True)
+        raise
+    relay.end()
+
+
+# --- sweeps ---
+
+
+def _sweep(conf_dir: Path, overrides: list[str], world: World | None) -> None:
+    """Every run of `-m`, by the launcher that Hydra is told to use; all are checked before the first starts."""
+    if world is not None:
+        raise UserError(
+            "-m starts its own processes: leave torchrun or srun out, or take hydra/launcher=submitit_slurm"
+        )
+    runs = [compose(conf_dir, NAME, run) for run in sweep_overrides(conf_dir, overrides)]
+    if any(run.config["resume"] not in (None, "auto") for run in runs):
+        raise UserError("resume=RUN goes on with one run; leave -m out")
+    if all(run.config["dry_run"] for run in runs):
+        for run in runs:
+            _show_plan(conf_dir, run)
+        return
+    if not any(override.startswith("hydra.sweep.dir=") for override in overrides):
+        folder = run_folder.create_sweep_folder(Path(runs[0].config["runs_dir"]))
+        overrides = [*overrides, f"hydra.sweep.dir={quote(str(folder))}"]
+    _hydra_main(conf_dir, ["--multirun", *overrides])
+
+
+def _hydra_main(conf_dir: Path, arguments: list[str]) -> None:
+    """Hydra's own main, for sweeps and for `--help`, `--cfg`, ...; its errors come back as exceptions."""
+    application = hydra.main(version_base="1.3", config_path=str(conf_dir.resolve()), config_name=NAME)(run_of_sweep)
+    argv = patch.object(sys, "argv", [f"{NAME}.py", *arguments])
+    with argv, patch.dict("os.environ", HYDRA_FULL_ERROR="1"):
+        try:
+            application()
+        except HydraException as error:
+            raise UserError(" ".join(str(error).split())) from None
+
+
+def run_of_sweep(settings: DictConfig) -> None:
+    """One run of a sweep, here or on the machine that Hydra's launcher found for it."""
+    job = HydraConfig.get()
+    conf_dir = Path(next(s.path for s in job.runtime.config_sources if s.provider == "main"))
+    folder = Path(job.runtime.output_dir)
+    try:
+        config = resolve(settings)
+        config["sweep"] = folder.parent.name  # W&B's group
+        check(config)
+        choices = {key: value for key, value in job.runtime.choices.items() if isinstance(value, str)}
+        overrides = tuple(str(override) for override in job.overrides.task)
+        _log.info("run %s: %s", folder, " ".join(overrides))
+        train(Job(conf_dir, Composed(config, choices, size_of(settings)), overrides, folder), _start_processes)
+    except UserError as mistake:  # the sweep goes on with its other runs, and ends with this one's code
+        show_error(mistake)
+        raise RunFailed(2) from None

@@ -1,0 +1,1 @@
+"""Conditioners: captions -> Conditioning."""

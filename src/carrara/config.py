@@ -1,0 +1,284 @@
+"""Configs: composed and checked by Hydra, resolved once into plain dicts, built from our own classes only."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from carrara import config_check
+from carrara.errors import UserError
+
+Config = dict[str, Any]
+
+# ${div:a,b}: whole division, for sizes that follow from one another
+OmegaConf.register_new_resolver("div", lambda a, b: a // b, replace=True)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A checked config.
+
+    Attributes:
+        choices: the option taken from each group (`{"model": "latent_unet", "size": "demo", ...}`).
+        size: the numbers of the `size` node, of which the config keeps the name; the run's parts are of this size, too.
+    """
+
+    config: Config
+    choices: dict[str, str]
+    size: Config = field(default_factory=dict)
+
+
+def compose(conf_dir: Path, name: str, overrides: Sequence[str], nodes: Mapping[str, Any] | None = None) -> Composed:
+    """Composes `conf_dir/name.yaml` with overrides and checks all of it before anything is built.
+
+    Args:
+        nodes: values by dotted key, taken over whole before interpolations are resolved.
+
+    Raises:
+        UserError: an unknown key or option, a value of the wrong type, an environment variable, or a
+            `_target_` that is not ours.
+    """
+    with _hydra(conf_dir) as loader:
+        parsed = _parse(loader, overrides)
+        config_check.refuse_sweeps(parsed)
+        config_check.check_groups(loader, parsed)
+        groups = [o for o in parsed if config_check.is_group(loader, o)]
+        values = [o for o in parsed if o not in groups]
+        base = _plain(hydra_compose(name, [o.input_line or "" for o in groups]))
+        config_check.check_keys(loader, values, base)
+        composed = hydra_compose(name, list(overrides), return_hydra_config=True)
+        choices = {k: v for k, v in composed.hydra.runtime.choices.items() if isinstance(v, str)}
+        experiment = choices.get("experiment")
+        if experiment is not None:
+            rest = [f"{k}={v}" for k, v in choices.items() if k != "experiment" and not k.startswith("hydra/")]
+            without = _plain(hydra_compose(name, ["~experiment", *rest]))
+            config_check.check_experiment(conf_dir / "experiment" / f"{experiment}.yaml", without)
+        OmegaConf.set_struct(composed, False)
+        for key, value in (nodes or {}).items():
+            OmegaConf.update(composed, key, value, merge=False)
+        config = resolve(composed)
+    config_check.check_types(values, base, config)
+    check(config)
+    return Composed(config, choices, size_of(composed))
+
+
+def sweep_overrides(conf_dir: Path, overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every run of a sweep, the last key fastest, as Hydra's basic sweeper takes them."""
+    with _hydra(conf_dir) as loader:
+        runs: list[list[str]] = [[]]
+        for override in _parse(loader, overrides):
+            if override.is_discrete_sweep():
+                key = override.get_key_element()
+                values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            elif override.is_sweep_override():  # interval(...): another sweeper draws the values, run by run
+                continue
+            else:
+                values = [override.input_line or ""]
+            runs = [[*run, value] for run in runs for value in values]
+        return runs
+
+
+def check(config: Config) -> None:
+    """What must hold of every config that is used: composed now, or read from a run's folder."""
+    config_check.check_targets(config)
+    trainer = config.get("trainer")
+    if trainer is not None:
+        config_check.check_trainer(trainer)
+
+
+def size_of(settings: DictConfig) -> Config:
+    """The numbers of the `size` node, of a config that is about to be resolved."""
+    size = OmegaConf.select(settings, "size")
+    return _plain(size) if isinstance(size, DictConfig) else {}
+
+
+def resolve(settings: DictConfig) -> Config:
+    """The plain dict: no interpolation, no `hydra` node, of `size` (numbers that others point at) the name alone.
+
+    Raises:
+        UserError: a missing value, an interpolation to nothing, or `${oc.env:…}`, which may write a secret to disk.
+    """
+    config = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
+    config_check.refuse_environment(OmegaConf.to_container(config, resolve=False))
+    with _no_environment():
+        try:
+            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{error.full_key or 'config'}: {_in_words(error)}") from None
+    assert isinstance(plain, dict)
+    size = plain.get("size")
+    if isinstance(size, dict):
+        plain["size"] = size.get("name")
+    return {str(key): value for key, value in plain.items()}
+
+
+def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
+    """The object that a node's `_target_` names, nested nodes built first; `arguments` join the node's own.
+
+    Raises:
+        UserError: a target that is no class or function of ours, or what a constructor says of its settings.
+    """
+    if "_target_" not in node:
+        raise UserError(f"a node without _target_ cannot be built; it has {', '.join(node) or 'nothing'}")
+    for target in config_check.targets(node):
+        _refuse_foreign(target)
+    try:  # Hydra builds the nested nodes; the outermost is called here, since Hydra would copy `arguments`
+        outermost = hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})
+        return outermost if node.get("_partial_") else outermost(*args, **arguments)
+    except InstantiationException as error:
+        cause = _cause(error)
+    except ValueError as error:
+        cause = error
+    if isinstance(cause, ValueError):  # what our constructors say of their settings
+        raise UserError(str(cause)) from cause
+    raise cause
+
+
+def _refuse_foreign(target: str) -> None:
+    """`carrara.data.loader.os.system` has our prefix; what it names has not."""
+    config_check.check_target(target)
+    try:
+        found = hydra.utils.get_object(target)
+    except Exception as error:
+        raise UserError(f"_target_ {target} cannot be found: {str(error).splitlines()[-1]}") from None
+    if not str(getattr(found, "__module__", "")).startswith("carrara.") or not callable(found):
+        raise UserError(f"_target_ {target} is not a class or function of carrara; it will not be built")
+
+
+def _cause(error: BaseException) -> BaseException:
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+# --- files and fingerprints ---
+
+
+def save_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes plain data, in its own order, whole or not at all."""
+    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_yaml(path: Path) -> Config:
+    """Reads what `save_yaml` wrote.
+
+    Raises:
+        UserError: no such file, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings")
+    return content
+
+
+def fingerprint(content: object) -> str:
+    """12 hexadecimal digits of SHA-256 over canonical JSON: keys sorted, 1.0 the same as 1."""
+    text = json.dumps(_canonical(content), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _canonical(content: object) -> object:
+    if isinstance(content, Mapping):
+        return {str(key): _canonical(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_canonical(value) for value in content]
+    if isinstance(content, float) and content.is_integer():
+        return int(content)
+    return content
+
+
+# --- Hydra ---
+
+
+@contextmanager
+def _hydra(conf_dir: Path) -> Iterator[ConfigLoader]:
+    """Hydra over `conf_dir`; whatever it or OmegaConf or YAML finds wrong comes out as one UserError."""
+    if not conf_dir.is_dir():
+        raise UserError(f"the folder of configs {conf_dir} does not exist")
+    running = GlobalHydra.instance()  # of the sweep whose run this is, if it is one
+    outer, running.hydra = running.hydra, None
+    try:
+        with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_in_words(error)) from None
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _parse(loader: ConfigLoader, overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create(config_loader=loader)
+    parsed = []
+    for override in overrides:
+        config_check.refuse_environment(override)
+        try:
+            parsed.append(parser.parse_override(override))
+        except HydraException as error:
+            raise UserError(f"{override!r} is not understood: {_in_words(error)}; quote the value: key='…'") from None
+    return parsed
+
+
+def _plain(config: DictConfig) -> Config:
+    """A config to look keys and types up in: resolved, except for what is still missing."""
+    with _no_environment():
+        try:
+            plain = OmegaConf.to_container(config, resolve=True)
+        except OmegaConfBaseException:  # an interpolation that only an override of the user's completes
+            plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+@contextmanager
+def _no_environment() -> Iterator[None]:
+    """While it lasts, `oc.env` raises, however the interpolation to it is spelled."""
+
+    def refused(name: str, default: object = None) -> str:
+        raise UserError(f"an interpolation reads the environment variable {name}; write the value itself")
+
+    OmegaConf.register_new_resolver("oc.env", refused, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _in_words(error: Exception) -> str:
+    """Hydra's message in one line, without search paths, links and hints for its own developers."""
+    lines: list[str] = []
+    for line in f"{error}\n{error.__cause__ or ''}".splitlines():
+        line = line.strip()
+        if line.startswith("Config search path"):
+            break
+        if (
+            line
+            and line != "None"
+            and not line.startswith(("See https", "full_key:", "object_type=", "Set the environment"))
+        ):
+            lines.append(line)
+    return "; ".join(dict.fromkeys(lines))

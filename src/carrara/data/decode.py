@@ -1,0 +1,135 @@
+"""Encoded bytes to pictures and captions. Pure functions; what is wrong with the bytes is a DecodeError."""
+
+import io
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Crop = Literal["center", "random", "none"]
+
+_FORMATS = ("JPEG", "PNG", "WEBP")  # no others: Pillow would start Ghostscript for an EPS named .jpg
+_ORIENTATION = 0x0112  # the EXIF tag
+_TRANSPOSE: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DecodeError(Exception):
+    """A sample that cannot be used; `reason` is one word for the counts."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(
+    data: bytes,
+    resolution: int,
+    crop: Crop = "center",
+    u: Sequence[float] = (0.5, 0.5),
+    max_pixels: int = 64_000_000,
+) -> NDArray[np.uint8]:
+    """JPEG, PNG or WebP to (3, R, R) uint8 RGB.
+
+    The largest square, at the centre or where `u` (horizontal, vertical in [0, 1)) says, is resized to R with
+    antialiased bicubic; `none` squeezes the whole picture. A square of R pixels is copied. EXIF rotation is
+    applied, 16-bit grey scaled, transparency laid on white. JPEGs are shrunk by 2, 4 or 8 while they are
+    decoded, as long as R pixels remain. Of animations the first picture is taken.
+
+    Raises DecodeError: not_an_image, broken_image, too_many_pixels (by the header, before decoding).
+    """
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, on bombs and damaged EXIF blocks
+        return _decode(data, resolution, crop, u, max_pixels)
+
+
+def _decode(data: bytes, resolution: int, crop: Crop, u: Sequence[float], max_pixels: int) -> NDArray[np.uint8]:
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError:
+        raise DecodeError("too_many_pixels") from None
+    except Exception:  # Pillow's parsers raise whatever their struct, zlib and index operations do
+        raise DecodeError("not_an_image") from None
+    if image.width * image.height > max_pixels:
+        raise DecodeError("too_many_pixels")
+    try:
+        orientation = _orientation(image)
+        width, height = image.size
+        scale = 1.0
+        if orientation is None:  # a drafted picture may end within its last pixel, which turning would put first
+            drafted = image.draft(None, (resolution, resolution))  # JPEG only; both sides stay at least R
+            scale = width / drafted[1][2] if drafted else 1.0
+        image.load()
+        if orientation is not None:
+            image = image.transpose(orientation)
+            width, height = image.size
+    except Exception:
+        raise DecodeError("broken_image") from None
+    left, top, right, bottom = (edge / scale for edge in _box(width, height, crop, u))
+    outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
+    rgb = _rgb(image.crop(outer))
+    box = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
+    if box != (0, 0, resolution, resolution):
+        rgb = rgb.resize((resolution, resolution), Image.Resampling.BICUBIC, box)
+    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What turns the picture upright, None if it is."""
+    try:
+        return _TRANSPOSE.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # a damaged EXIF block is no reason to lose the picture
+        return None
+
+
+def _box(width: int, height: int, crop: Crop, u: Sequence[float]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in whole pixels."""
+    if crop == "none":
+        return 0, 0, width, height
+    side = min(width, height)
+    if crop == "center":
+        left, top = (width - side) // 2, (height - side) // 2
+    else:
+        left, top = math.floor((width - side + 1) * u[0]), math.floor((height - side + 1) * u[1])
+    return left, top, left + side, top + side
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert would clip at 255
+        grey = np.asarray(image).astype(np.int64)
+        key = image.info.get("transparency")
+        white = grey == key if isinstance(key, int) else np.zeros_like(grey, dtype=bool)
+        scaled = np.where(white, 255, (grey.clip(0, 65535) * 255 + 32767) // 65535)
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    colour = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+
+
+def decode_caption(data: bytes, key: str | None = None) -> str:
+    """UTF-8 text, or the text under `key` of a JSON object; without NULs and with single spaces.
+
+    Bytes that are no UTF-8 become U+FFFD. Raises DecodeError: no_caption, if the JSON has no text there.
+    """
+    text = data.decode("utf-8", "replace")
+    if key is not None:
+        try:
+            text = json.loads(data)[key]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DecodeError("no_caption") from None
+        if not isinstance(text, str):
+            raise DecodeError("no_caption")
+    return " ".join(text.replace("\0", "").removeprefix("\ufeff").split())

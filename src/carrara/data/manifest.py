@@ -1,0 +1,256 @@
+"""What is in the shards: one walk over each tar's headers, kept as an index."""
+
+import hashlib
+import json
+import logging
+import math
+import mmap
+import multiprocessing
+import os
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carrara.data.tar_walk import Member, Problem, walk
+from carrara.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+IMAGE, CAPTION, JSON = range(3)  # a sample's members, rows of `ShardIndex.members`
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+COLUMNS = (  # numbers kept of a sample's JSON, as LAION and img2dataset name them
+    "WIDTH", "HEIGHT", "original_width", "original_height", "width", "height",
+    "similarity", "punsafe", "pwatermark", "aesthetic",
+)  # fmt: skip
+_VERSION = 1  # of the index files; another number makes them anew
+_SERIAL = 4  # up to so many shards are scanned without other processes
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where the samples of one shard lie. A sample is what has an image; its key is the member's name without
+    the suffix.
+
+    keys: (n,) UTF-8 bytes. members: (n, 3, 2) int64, [IMAGE | CAPTION | JSON] -> offset, size; size -1 where
+    there is none. columns: those of COLUMNS that occur, (n,) float64, NaN where null or absent. problems:
+    what is wrong with members and samples that are not here or not whole.
+    """
+
+    keys: NDArray[np.bytes_]
+    members: NDArray[np.int64]
+    columns: dict[str, NDArray[np.float64]]
+    problems: list[Problem]
+
+    def save(self, path: Path) -> None:
+        """Atomically."""
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+            try:
+                np.savez(
+                    file,
+                    keys=self.keys,
+                    members=self.members,
+                    names=np.array(list(self.columns), dtype=np.str_),
+                    values=np.array(list(self.columns.values()), dtype=np.float64),
+                    problems=np.array(self.problems, dtype=np.str_).reshape(-1, 2),
+                )
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ShardIndex":
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(
+                keys=arrays["keys"],
+                members=arrays["members"],
+                columns=dict(zip(arrays["names"].tolist(), arrays["values"], strict=True)),
+                problems=[Problem(*row) for row in arrays["problems"].tolist()],
+            )
+
+
+def scan(path: str, caption: str | None = ".txt") -> ShardIndex:
+    """Index one local shard. `caption` is a member's suffix (`.txt`), a key of the JSON, or None for none.
+
+    Raises UserError, naming the file, if it cannot be read or is no tar.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found, problems = walk(data)
+            if not found:
+                raise UserError(f"{path} is not a tar file; remove it or fetch it again")
+            return _group(found, problems, data, caption)
+    except (OSError, ValueError) as error:  # ValueError: mmap of an empty file
+        raise UserError(f"{path} cannot be read as a tar file: {error}") from None
+
+
+def _group(found: list[Member], problems: list[Problem], data: mmap.mmap, caption: str | None) -> ShardIndex:
+    samples: dict[str, list[tuple[int, int]]] = {}
+    caption_suffix = caption if caption is not None and caption.startswith(".") else ".txt"
+    for member in found:
+        key, part = _split_name(member.name, caption_suffix)
+        if part < 0:
+            continue
+        sample = samples.setdefault(key, [(0, -1)] * 3)
+        if sample[part][1] >= 0:
+            problems.append(Problem(member.name, "duplicate_key"))
+        else:
+            sample[part] = (member.offset, member.size)
+    problems += [Problem(key, "no_image") for key, parts in samples.items() if parts[IMAGE][1] < 0]
+    samples = {key: parts for key, parts in samples.items() if parts[IMAGE][1] >= 0}
+    columns: dict[str, NDArray[np.float64]] = {}
+    for row, (key, parts) in enumerate(samples.items()):
+        offset, size = parts[JSON]
+        facts: dict[str, Any] = {}
+        if size >= 0:
+            try:
+                loaded = json.loads(data[offset : offset + size])
+                facts = loaded if isinstance(loaded, dict) else {}
+            except (ValueError, RecursionError):
+                problems.append(Problem(key, "broken_json"))
+        for name in COLUMNS:
+            if name in facts:
+                if name not in columns:
+                    columns[name] = np.full(len(samples), np.nan)
+                columns[name][row] = _number(facts[name])
+        if caption is not None and not caption.startswith("."):
+            text = facts.get(caption)
+            has_text = isinstance(text, str) and bool(text.strip())
+            parts[CAPTION] = parts[JSON] if has_text else (0, 0 if isinstance(text, str) else -1)
+    return ShardIndex(
+        keys=np.array([key.encode("utf-8", "surrogateescape") for key in samples], dtype=np.bytes_),
+        members=np.array(list(samples.values()), dtype=np.int64).reshape(-1, 3, 2),
+        columns=columns,
+        problems=problems,
+    )
+
+
+def _split_name(name: str, caption_suffix: str) -> tuple[str, int]:
+    """Key and part of a member, -1 for none of ours. A known suffix is cut off; other dots are the key's."""
+    lower = name.lower()
+    if lower.endswith(caption_suffix):
+        key, part = name[: -len(caption_suffix)], CAPTION
+    else:
+        key, dot, suffix = name.rpartition(".")
+        suffix = dot + suffix.lower()
+        part = JSON if suffix == ".json" else IMAGE if suffix in IMAGE_SUFFIXES else -1
+    base = key.rpartition("/")[2]
+    if (
+        not base or base.startswith(".") or key.startswith("__")
+    ):  # hidden files, macOS's ._ files, webdataset's __meta__
+        return key, -1
+    return key, part
+
+
+def _number(value: object) -> float:
+    """A JSON number; NaN for null, text, true and false."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is kept in memory of a shard, whatever its size."""
+
+    path: str
+    name: str
+    bytes: int
+    mtime_ns: int
+    index_path: str
+    num_samples: int
+    digest: str  # of keys, offsets and sizes: the shard's content as far as a scan sees it
+    problems: dict[str, int]  # reason -> count
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards in order. A sample's id counts through them; shard s begins with id starts[s]."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(S + 1,) first id of each shard, and the number of samples."""
+        return np.concatenate([[0], np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    def index(self, shard: int) -> ShardIndex:
+        return ShardIndex.load(self.shards[shard].index_path)
+
+    @classmethod
+    def load(cls, paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt") -> "Manifest":
+        """Scan local shards, several at once; what is unchanged since last time is taken from `cache_dir`.
+
+        Raises UserError naming the shard that is no tar, has no image, or (with `caption`) no caption.
+        """
+        folder = Path(cache_dir) / "index"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache_dir: cannot make {folder}: {error.strerror}") from None
+        known = {path: shard for path in paths if (shard := _known(path, folder, caption))}
+        missing = [path for path in paths if path not in known]
+        processes = min(len(os.sched_getaffinity(0)), len(missing))
+        scan_one = partial(_scanned, folder=folder, caption=caption)
+        if len(missing) > _SERIAL and processes > 1:
+            # fork: spawn would import the caller's main module again. The children touch files and numpy only
+            with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+                known.update(zip(missing, pool.map(scan_one, missing), strict=True))
+        else:
+            known.update(zip(missing, map(scan_one, missing), strict=True))
+        return cls(tuple(known[path] for path in paths))
+
+
+def _index_path(path: str, status: os.stat_result, folder: Path, caption: str | None) -> Path:
+    content = json.dumps([_VERSION, os.path.realpath(path), status.st_size, status.st_mtime_ns, caption])
+    return folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
+
+
+def _known(path: str, folder: Path, caption: str | None) -> Shard | None:
+    """The shard by its index on disk; None if there is none, or a damaged one."""
+    try:
+        status = os.stat(path)
+        place = _index_path(path, status, folder, caption)
+        index = ShardIndex.load(place)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return _shard(path, status, place, index, caption)
+
+
+def _scanned(path: str, folder: Path, caption: str | None) -> Shard:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
+    place = _index_path(path, status, folder, caption)
+    index = scan(path, caption)
+    index.save(place)
+    return _shard(path, status, place, index, caption)
+
+
+def _shard(path: str, status: os.stat_result, place: Path, index: ShardIndex, caption: str | None) -> Shard:
+    if not len(index.keys):
+        raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); remove it from data.urls")
+    if caption is not None and not (index.members[:, CAPTION, 1] >= 0).any():
+        raise UserError(f"{path} holds no image with a caption ({caption}); set data.caption, or null for none")
+    return Shard(
+        path=path,
+        name=os.path.basename(path),
+        bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        index_path=str(place),
+        num_samples=len(index.keys),
+        digest=hashlib.sha256(index.keys.tobytes() + index.members.tobytes()).hexdigest()[:16],
+        problems=dict(Counter(problem.reason for problem in index.problems)),
+    )

@@ -1,0 +1,186 @@
+"""`ShardData`: all that training asks of a data set."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from carrara.data.decode import Crop
+from carrara.data.eligibility import eligible
+from carrara.data.loader import Loader, Share, Stage
+from carrara.data.manifest import Manifest
+from carrara.data.order import Stream
+from carrara.data.reader import Decoding, Samples, ShardReader
+from carrara.data.source import expand, localize
+from carrara.data.validation import ValidationSet, hash_order, split_validation
+from carrara.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+Check = Callable[[Sequence[str], Tensor], Sequence[Mapping[str, bool | None]]]  # (captions, uint8 images) -> answers
+
+
+class ShardData:
+    """Image–caption shards: a training stream and a validation set. Building it scans what is new."""
+
+    def __init__(
+        self,
+        name: str,
+        urls: str | Sequence[str],
+        resolution: int,
+        *,
+        cache_dir: str,
+        seed: int = 0,
+        root: str | None = None,
+        make: Callable[[str], object] | None = None,
+        val_urls: str | Sequence[str] | None = None,
+        val_samples: int | None = None,
+        caption: str | None = ".txt",
+        filters: Mapping[str, float | None] | None = None,
+        crop: Crop = "center",
+        flip: bool = False,
+        max_pixels: int = 64_000_000,
+        shuffle_window: int = 16,
+        groups: int = 1,
+        num_workers: int = 0,
+        memory_limit: int = 512_000_000,
+        max_bad_fraction: float = 0.1,
+        stages: Sequence[Stage] = (),
+        prompt_check: Check | None = None,
+    ) -> None:
+        """
+        Args:
+            name: what runs on this data are called by.
+            urls, val_urls: shards, see `source.expand`. Without val_urls, validation takes samples from
+            training.
+            resolution: R; pictures are R × R.
+            cache_dir: for indexes and for copies of remote shards.
+            seed: of order, crops and flips.
+            root, make: `make(root)` writes the shards first, or finds them there.
+            val_samples: how many; default all of val_urls, else one in 20, at most 5000.
+            caption: suffix of the caption's member, or a key of the JSON, or null for none.
+            filters: see `eligibility.FILTERS`.
+            crop, flip, max_pixels: see `decode.decode_image`; flip mirrors every second sample.
+            shuffle_window, groups: see `order.Stream`.
+            num_workers: processes that decode, for each rank.
+            memory_limit: bytes; a set that needs no more when decoded is kept in memory (of each rank), and
+            no
+                workers are started. Not with crop=random.
+            max_bad_fraction: more samples that cannot be decoded stop the run.
+            stages: between decoding and batching, see `loader.Decode`.
+            prompt_check: says whether a picture shows what its caption says, where that is a fact.
+        """
+        if make is not None and root is not None:
+            make(root)
+        if crop not in ("center", "random", "none"):
+            raise UserError(f"data.crop={crop} is not known; it is center, random or none")
+        self.name, self.seed = name, seed
+        self.prompt_check = prompt_check
+        self.num_workers, self.window, self.groups = num_workers, shuffle_window, groups
+        self.max_bad_fraction, self.stages = max_bad_fraction, stages
+        self.filters = {key: value for key, value in (filters or {}).items() if value is not None}
+        self.decoding = Decoding(resolution, caption, crop, flip, max_pixels)
+
+        self.manifest = Manifest.load(localize(expand(urls), cache_dir), cache_dir, caption)
+        self.eligible, self.reasons = eligible(self.manifest, caption, filters or {})
+        if val_urls is None:
+            count = min(5000, int(self.eligible.sum()) // 20) if val_samples is None else val_samples
+            self.val_manifest = self.manifest
+            self.train, val_ids = split_validation(self.manifest, self.eligible, count)
+        else:
+            val_paths = localize(expand(val_urls, "data.val_urls"), cache_dir)
+            self.val_manifest = Manifest.load(val_paths, cache_dir, caption)
+            val_eligible, _ = eligible(self.val_manifest, caption, filters or {})
+            self.train, val_ids = self.eligible, hash_order(self.val_manifest, val_eligible, val_samples)
+
+        def fits(count: int) -> bool:
+            return 3 * resolution**2 * count <= memory_limit
+
+        open_shards = min(256, 2 * shuffle_window)
+        self.num_train = int(self.train.sum())
+        self.in_memory = fits(self.num_train) and crop != "random"
+        self._samples = Samples(ShardReader(self.manifest, open_shards), self.decoding, keep=self.in_memory)
+        as_scored = Decoding(resolution, caption, "none" if crop == "none" else "center", max_pixels=max_pixels)
+        val_reader = ShardReader(self.val_manifest, open_shards)
+        self.validation = ValidationSet(Samples(val_reader, as_scored, keep=fits(len(val_ids))), val_ids)
+
+    def train_loader(
+        self,
+        global_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        steps_per_epoch: int | None = None,
+        position: int = 0,
+    ) -> Loader:
+        """This rank's micro-batches from `position` (samples consumed by all ranks) on; see `Loader`.
+
+        Without `steps_per_epoch` an epoch is the whole global batches that the training samples fill, or one.
+        """
+        stream = Stream(self.train, self.manifest.starts, self.seed, self.window, self.groups, global_batch)
+        return Loader(
+            self._samples,
+            stream,
+            Share(global_batch, rank, world, accumulate),
+            steps_per_epoch or max(1, self.num_train // global_batch),
+            start_position=position,
+            num_workers=0 if self.in_memory else self.num_workers,
+            stages=self.stages,
+            max_bad_fraction=self.max_bad_fraction,
+        )
+
+    def captions(self, limit: int | None = None) -> Iterator[str]:
+        """Captions of the training samples in the shards' order; of more than `limit`, evenly spread ones."""
+        ids = np.flatnonzero(self.train)
+        if limit is not None and limit < len(ids):
+            ids = ids[np.arange(limit) * len(ids) // limit]
+        return map(self._samples.caption, ids.tolist())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what is trained on: the shards' contents as scanned, filters, split and decoding.
+
+        It does not depend on the folder, the seed or how the shards are read.
+        """
+
+        def content(manifest: Manifest) -> list[list[str | int]]:
+            return sorted([shard.name, shard.bytes, shard.num_samples, shard.digest] for shard in manifest.shards)
+
+        decoding = self.decoding
+        facts = {
+            "shards": content(self.manifest),
+            "eligible": int(self.eligible.sum()),
+            "train": self.num_train,
+            "val_shards": content(self.val_manifest),
+            "val": len(self.validation),
+            "filters": dict(sorted(self.filters.items())),
+            "decoding": [
+                decoding.resolution,
+                decoding.caption,
+                decoding.crop,
+                decoding.flip,
+                decoding.max_pixels,
+            ],
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def report(self) -> list[str]:
+        """Short lines on what was found and what is left out."""
+        shards = self.manifest.shards
+        size = sum(shard.bytes for shard in shards)
+        lines = [
+            f"{self.name}: {len(shards)} shards, {size / 1e6:,.1f} MB, {len(self.manifest):,} samples",
+            f"{self.num_train:,} to train on, {len(self.validation):,} to validate on"
+            + (", kept in memory" if self.in_memory else ""),
+        ]
+        problems: Counter[str] = Counter()
+        for shard in shards:
+            problems.update(shard.problems)
+        for title, counts in (("left out", self.reasons), ("damaged", problems)):
+            if counts:
+                lines.append(f"{title}: " + ", ".join(f"{reason} {n:,}" for reason, n in counts.most_common()))
+        return lines

@@ -1,0 +1,174 @@
+"""Samples by their global id: bytes out of the shards, decoded."""
+
+import logging
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carrara.data.decode import Crop, DecodeError, decode_caption, decode_image
+from carrara.data.manifest import CAPTION, IMAGE, JSON, Manifest
+from carrara.errors import UserError
+
+_log = logging.getLogger(__name__)
+TRIES = 16  # samples tried for one place in the stream
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a sample becomes a picture and a caption. Fields as in `ShardData`."""
+
+    resolution: int
+    caption: str | None
+    crop: Crop = "center"
+    flip: bool = False
+    max_pixels: int = 64_000_000
+
+
+class Sample(NamedTuple):
+    """key: `shard/key`, as keys repeat across shards. image: uint8 (3, R, R). caption: "" if it has none."""
+
+    key: str
+    image: NDArray[np.uint8]
+    caption: str
+
+
+class _Open(NamedTuple):
+    """A shard that is being read."""
+
+    file: int
+    keys: NDArray[np.bytes_]
+    members: NDArray[np.int64]
+
+
+class ShardReader:
+    """Bytes of samples. Holds `capacity` shards open; a copy in another process opens its own.
+
+    `os.pread`, not mmap: one system call a member, and a file that is cut while it is read is a short read,
+    where a mapping would be a SIGBUS that kills the worker without a word.
+    """
+
+    def __init__(self, manifest: Manifest, capacity: int = 32) -> None:
+        self.manifest, self.capacity = manifest, capacity
+        self._starts = manifest.starts
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for shard in self._open.values():
+            os.close(shard.file)
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """Shard and row in its index of a global id."""
+        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        return shard, sample - int(self._starts[shard])
+
+    def key(self, sample: int) -> str:
+        shard, row = self.locate(sample)
+        key = bytes(self._opened(shard).keys[row]).decode("utf-8", "replace")
+        return f"{self.manifest.shards[shard].name}/{key}"
+
+    def read(self, sample: int, part: int) -> bytes:
+        """Bytes of its IMAGE, CAPTION or JSON, empty if it has none. Raises DecodeError: unreadable."""
+        shard, row = self.locate(sample)
+        opened = self._opened(shard)
+        offset, size = opened.members[row, part].tolist()
+        try:
+            data = os.pread(opened.file, size, offset) if size > 0 else b""
+        except OSError:
+            raise DecodeError("unreadable") from None
+        if len(data) < size:  # the file was cut since it was opened
+            raise DecodeError("unreadable")
+        return data
+
+    def _opened(self, number: int) -> _Open:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self.manifest.shards[number]
+        try:
+            file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UserError(f"cannot read the shard {shard.path}: {error.strerror}") from None
+        status = os.fstat(file)
+        if (status.st_size, status.st_mtime_ns) != (shard.bytes, shard.mtime_ns):
+            os.close(file)
+            raise UserError(f"the shard {shard.path} has changed since the run began; start again")
+        index = self.manifest.index(number)
+        self._open[number] = _Open(file, index.keys, index.members)
+        if len(self._open) > self.capacity:
+            os.close(self._open.popitem(last=False)[1].file)
+        return self._open[number]
+
+
+class Samples:
+    """Decoded samples by global id. With `keep`, each is decoded once and kept, its failure too.
+
+    What is kept does not depend on `u`: keep only what is not cropped at random. The flip, where there is
+    one, is done on the way out.
+    """
+
+    def __init__(self, reader: ShardReader, decoding: Decoding, keep: bool = False) -> None:
+        self.reader, self.decoding, self.keep = reader, decoding, keep
+        self._kept: dict[int, Sample | str] = {}  # or the reason why there is none
+
+    def load(self, sample: int, u: Sequence[float] = (0.5, 0.5, 0.0)) -> Sample:
+        """`u`: uniforms for the crop's place (2) and the flip. Raises DecodeError."""
+        found = self._kept.get(sample)
+        if found is None:
+            try:
+                found = self._decode(sample, u)
+            except DecodeError as error:
+                found = error.reason
+            if self.keep:
+                self._kept[sample] = found
+        if isinstance(found, str):
+            raise DecodeError(found)
+        if self.decoding.flip and u[2] >= 0.5:
+            return found._replace(image=found.image[:, :, ::-1])
+        return found
+
+    def load_or_substitute(
+        self, sample: int, substitute: Callable[[int], int], u: Sequence[float] = (0.5, 0.5, 0.0)
+    ) -> tuple[Sample, Counter[str]]:
+        """The sample, or in place of one that cannot be decoded the first good one of substitute(0),
+        substitute(1) …; and how many were skipped for which reason. Raises UserError after TRIES.
+        """
+        skipped: Counter[str] = Counter()
+        for attempt in range(TRIES):
+            try:
+                return self.load(sample, u), skipped
+            except DecodeError as error:
+                skipped[error.reason] += 1
+                _log.info("%s is skipped: %s", self.reader.key(sample), error.reason)
+                sample = substitute(attempt)
+        histogram = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
+        raise UserError(f"{TRIES} samples in a row cannot be decoded ({histogram}); check the shards in data.urls")
+
+    def caption(self, sample: int) -> str:
+        caption = self.decoding.caption
+        if caption is None:
+            return ""
+        return decode_caption(self.reader.read(sample, CAPTION), None if caption.startswith(".") else caption)
+
+    def facts(self, sample: int) -> bytes:
+        """The sample's JSON, empty if there is none."""
+        return self.reader.read(sample, JSON)
+
+    def _decode(self, sample: int, u: Sequence[float]) -> Sample:
+        caption = self.caption(sample)
+        image = decode_image(
+            self.reader.read(sample, IMAGE),
+            self.decoding.resolution,
+            self.decoding.crop,
+            u,
+            self.decoding.max_pixels,
+        )
+        image.setflags(write=False)  # where it is kept, a stage that draws on it would do so for all later epochs
+        return Sample(self.reader.key(sample), image, caption)

@@ -1,0 +1,127 @@
+"""Which shards a data spec means, as files on this machine."""
+
+import glob
+import gzip
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, cast
+
+import webdataset.utils
+from webdataset.shardlists import expand_urls
+
+from carrara.errors import UserError
+
+webdataset.utils.enforce_security = True  # as WDS_SECURE does, where webdataset was imported before us
+_log = logging.getLogger(__name__)
+_GZIP = b"\x1f\x8b"
+_CHUNK = 1 << 20
+
+
+def expand(urls: str | Sequence[str], name: str = "data.urls") -> list[str]:
+    """Paths and http(s) addresses of the shards, in the order given, each once.
+
+    `urls` is a path, a glob, a brace spec as `webdataset` knows it, a folder (its *.tar), `[a,b]`, or a list
+    of these. `name` is the config key for messages. Raises UserError naming the pattern that matches nothing,
+    the file that is missing, or an address that is neither a file nor http(s).
+    """
+    specs = _split(urls) if isinstance(urls, str) else list(urls)
+    if not specs:
+        raise UserError(f"{name} is empty; give it a folder, a glob or a list of shards")
+    found = [shard for spec in specs for shard in _expand_one(spec, name)]
+    unique = list(dict.fromkeys(found))
+    if len(unique) < len(found):
+        _log.warning("%s names %d shards more than once; each is read once", name, len(found) - len(unique))
+    return unique
+
+
+def _split(urls: str) -> list[str]:
+    """`[a,b]` to its elements; commas inside braces do not separate."""
+    text = urls.strip()
+    if not (text.startswith("[") and text.endswith("]")) or os.path.exists(text):
+        return [urls]
+    elements, depth = [""], 0
+    for character in text[1:-1]:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            elements.append("")
+        else:
+            elements[-1] += character
+    return [element.strip().strip("'\"") for element in elements if element.strip()]
+
+
+def _expand_one(spec: str, name: str) -> list[str]:
+    if os.path.isfile(spec):  # a name may hold braces or brackets itself
+        return [spec]
+    found: list[str] = []
+    for url in expand_urls(spec):
+        scheme, colon, rest = url.partition(":")
+        if colon and scheme in ("http", "https"):
+            found.append(url)
+            continue
+        if colon and scheme == "file":
+            url = rest.removeprefix("//")
+        elif colon and scheme.isalnum() and not os.path.exists(url):
+            raise UserError(f"{name}: '{scheme}:' is not read ({url}); use files or http(s) addresses")
+        if os.path.isdir(url):
+            url = os.path.join(glob.escape(url), "*.tar")
+        if os.path.isfile(url):
+            found.append(url)
+        elif glob.has_magic(url):
+            matched = sorted(glob.glob(url, recursive=True))
+            if not matched:
+                raise UserError(f"{name}: no shard matches {url}")
+            found += matched
+        else:
+            raise UserError(f"{name}: there is no shard {url}")
+    return found
+
+
+def localize(urls: Sequence[str], cache_dir: str | Path) -> list[str]:
+    """Files to read for the expanded `urls`: themselves, or whole copies in `cache_dir` of what is remote or
+    gzipped.
+
+    A copy appears complete or not at all and keeps the shard's name. Raises UserError naming what fails.
+    """
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda url: _localize_one(url, Path(cache_dir) / "shards"), urls))
+
+
+def _localize_one(url: str, folder: Path) -> str:
+    try:
+        if url.startswith(("http:", "https:")):
+            return _copy(url, url, folder, lambda: urllib.request.urlopen(url, timeout=60))
+        with open(url, "rb") as file:
+            if file.read(2) != _GZIP:
+                return url
+        status = os.stat(url)
+        content = f"{os.path.realpath(url)} {status.st_size} {status.st_mtime_ns}"
+        return _copy(url, content, folder, lambda: cast(IO[bytes], gzip.open(url)))
+    except (OSError, EOFError) as error:
+        raise UserError(f"cannot read the shard {url}: {error}") from None
+
+
+def _copy(url: str, content: str, folder: Path, opened: Callable[[], IO[bytes]]) -> str:
+    """The whole stream in `folder`, kept under a hash of `content`, which tells what it is a copy of."""
+    target = folder / hashlib.sha256(content.encode()).hexdigest()[:16] / os.path.basename(url.partition("?")[0])
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
+            try:
+                with opened() as stream:
+                    shutil.copyfileobj(stream, partial, _CHUNK)
+                    expected = getattr(stream, "length", 0)  # what http.client still expects: a connection cut short
+                if expected:
+                    raise OSError(f"{expected} bytes are missing")
+                os.replace(partial.name, target)
+            except BaseException:
+                os.unlink(partial.name)
+                raise
+        _log.info("copied %s to %s", url, target)
+    return str(target)

@@ -1,0 +1,78 @@
+"""The training objective, and the denoiser that it makes of a network."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from carrara.diffusion.parameterization import Parameterization
+from carrara.diffusion.sampler import Denoise
+from carrara.diffusion.schedule import NoiseSchedule
+from carrara.diffusion.time_sampling import TimeSampler
+from carrara.diffusion.weighting import LossWeighting
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), c_noise(t) (B,)) -> output (B, ...)
+
+
+class Objective:
+    """Schedule, target, times and weights: a way to train a network to denoise (Ho et al. 2020, Algorithm 1).
+
+    It draws nothing: noise and uniforms are passed in. Its arithmetic is in float32, or in float64 if x0 is,
+    also under autocast, which leaves sums and products as they are and reaches only `predict`.
+
+    Raises ValueError, naming both parts, when the target says nothing about x0 at the schedule's last time.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        parameterization: Parameterization,
+        time_sampling: TimeSampler,
+        weighting: LossWeighting,
+    ) -> None:
+        if schedule.terminal_snr_is_zero and parameterization.singular_at_zero_snr:
+            raise ValueError(
+                f"the {parameterization.name} parameterization is singular with the {type(schedule).__name__}"
+                " schedule, whose SNR at t = 1 is zero: there the target says nothing about x0;"
+                " take x0, v or flow"
+            )
+        self.schedule = schedule
+        self.parameterization = parameterization
+        self.time_sampling = time_sampling
+        self.weighting = weighting
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha(t) x0 + sigma(t) eps for x0, eps (B, ...) and t () or (B,)."""
+        x0, eps = _wide(x0), _wide(eps)
+        alpha, sigma = self._coefficients(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def loss(self, predict: Predict, x0: Tensor, eps: Tensor, u: Tensor) -> Tensor:
+        """The weighted squared error of each sample, (B,), for x0 and eps (B, ...), u (B,) in (0, 1)."""
+        x0, eps = _wide(x0), _wide(eps)
+        t = self.time_sampling(u)
+        alpha, sigma = self._coefficients(t, x0)
+        output = predict(alpha * x0 + sigma * eps, self.schedule.c_noise(t).to(x0))
+        error = output - self.parameterization.target(x0, eps, alpha, sigma)
+        weight = self.weighting(self.schedule.logsnr(t), self.parameterization).to(x0)
+        return weight * error.square().reshape(len(error), -1).mean(1)
+
+    def denoiser(self, predict: Predict) -> Denoise:
+        """The function samplers call: x_t (B, ...) and t, () or (B,), to x0_hat (B, ...)."""
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            x_t = _wide(x_t)
+            output = predict(x_t, self.schedule.c_noise(t).to(x_t).expand(len(x_t)))
+            return self.parameterization.x0_hat(_wide(output), x_t, *self._coefficients(t, x_t))
+
+        return denoise
+
+    def _coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha(t) and sigma(t), ready to be multiplied with x."""
+        shape = t.shape + (1,) * (x.ndim - t.ndim)
+        return self.schedule.alpha(t).to(x).reshape(shape), self.schedule.sigma(t).to(x).reshape(shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()

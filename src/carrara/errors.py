@@ -1,0 +1,8 @@
+"""The one exception for a user's mistake."""
+
+
+class UserError(Exception):
+    """A mistake in a command, a config or a file. Its message is one clear line that says what to do.
+
+    Commands print it without a traceback and exit with code 2.
+    """

@@ -1,0 +1,1 @@
+"""The evaluator: a CLIP-style pair of towers that judges pictures and captions."""

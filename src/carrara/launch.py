@@ -1,0 +1,114 @@
+"""Starts the processes of a run on this machine, waits for them, and says once what went wrong."""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+_AGENT = "torch.distributed.elastic"  # whose loggers
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what the agent handles
+
+
+def launch(folder: Path, devices: int, module: str = "carrara.worker", shutdown_s: int = 30) -> int:
+    """Runs `python -m module folder` in `devices` processes under torch.distributed's elastic agent.
+
+    A process that fails takes the others with it, and its error is shown once. SIGTERM, SIGINT, SIGHUP and
+    SIGQUIT are handed to the processes, which have `shutdown_s` seconds to save what they have. Nothing is left
+    running.
+
+    Returns:
+        0; 2 for a user's mistake (`UserError`); 128 + n for signal n; otherwise 1.
+    """
+    with tempfile.TemporaryDirectory(prefix="carrara-") as errors, _surroundings(devices):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=devices,
+            run_id=folder.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",  # the agent holds the port: no race for a free one
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            shutdown_timeout=shutdown_s,
+            logs_specs=DefaultLogsSpecs(log_dir=errors),
+            signals_to_handle=",".join(s.name for s in _SIGNALS),
+        )
+        try:
+            launch_agent(config, sys.executable, ["-m", module, str(folder)])
+        except SignalException as stopped:
+            return 128 + stopped.sigval
+        except ChildFailedError as failed:
+            return _explain(failed.failures)
+    return 0
+
+
+def _explain(failures: Mapping[int, ProcessFailure]) -> int:
+    """Shows the first failure and gives the exit code."""
+    rank = min(failures, key=lambda r: _time(failures[r]))
+    failure = failures[rank]
+    record = failure.error_file_data
+    if "traceback" in record:  # written by carrara.rank
+        sys.stderr.write(record["traceback"])
+    elif failure.exitcode < 0 and not _stopped(failure):
+        hint = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
+        sys.stderr.write(f"error: rank {rank} was ended by {failure.signal_name()}{hint}\n")
+    sys.stderr.flush()
+    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+
+
+def _time(failure: ProcessFailure) -> float:
+    """When it failed, in seconds; what was only stopped because of another failure comes last."""
+    if _stopped(failure):
+        return float("inf")
+    if failure.exitcode < 0:
+        return failure.timestamp - 2.0  # seen a moment late; its peers' broken connections follow within that moment
+    return float(failure.error_file_data.get("time", failure.timestamp))
+
+
+def _stopped(failure: ProcessFailure) -> bool:
+    return failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+@contextmanager
+def _surroundings(processes: int) -> Iterator[None]:
+    """Threads shared out among the processes, a silent agent, and our signal handlers back in place at the end."""
+    handlers = {s: signal.getsignal(s) for s in _SIGNALS}
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given is None:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, physical_cores() // processes))
+    agents = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(_AGENT)]
+    levels = [log.level for log in agents]
+    for log in agents:
+        log.setLevel(logging.CRITICAL)  # what it would say on a failure is said by `_explain`
+    try:
+        yield
+    finally:
+        for log, level in zip(agents, levels, strict=True):
+            log.setLevel(level)
+        if given is None:
+            del os.environ["OMP_NUM_THREADS"]
+        for s, handler in handlers.items():
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(s, handler)
+
+
+def physical_cores() -> int:
+    """Cores this process may use: its affinity and its container's quota, hyper-threads counted once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
+    return len(cores) if quota == "max" else max(1, min(len(cores), int(quota) // int(period)))

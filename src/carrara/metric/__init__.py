@@ -1,0 +1,1 @@
+"""Scores of generated pictures: torchmetrics metrics with float64 states, and feature extractors."""

@@ -1,0 +1,49 @@
+"""What a score depends on: scores with different fingerprints are not compared."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+RECOMMENDED_IMAGES = 10_000
+
+
+@dataclass(frozen=True)
+class ScoreFingerprint:
+    """Everything that shapes a score besides the model. None where it does not apply (a folder of images).
+
+    extractor: the extractor's hash. num_real, num_generated: images counted, over all ranks. resize: how
+    images came to the extractor's input ("none", "inside", "64 bicubic antialias", ...). sampler, num_steps,
+    guidance_scale (1 = off), ema (whether averaged weights were used), seed: how they were generated.
+    """
+
+    extractor: str
+    num_real: int
+    num_generated: int
+    resize: str
+    sampler: str | None
+    num_steps: int | None
+    guidance_scale: float | None
+    ema: bool | None
+    seed: int | None
+
+
+def score_fingerprint(fields: ScoreFingerprint) -> tuple[str, dict[str, str | int | float | bool | None]]:
+    """A 12-digit hash of the fields, the same in every process and version, and the fields themselves."""
+    values = asdict(fields)
+    if fields.guidance_scale is not None:
+        values["guidance_scale"] = float(fields.guidance_scale)  # 7 and 7.0 are the same guidance
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12], values
+
+
+def few_images_warning(metric: str, num_images: int) -> str | None:
+    """A line for the log if `metric`, a Fréchet distance, is over fewer than `RECOMMENDED_IMAGES` images.
+
+    It is biased upwards, the more so the fewer the images (Chong & Forsyth 2020).
+    """
+    if num_images >= RECOMMENDED_IMAGES:
+        return None
+    return (
+        f"{metric} is over {num_images} images, and biased upwards below {RECOMMENDED_IMAGES}: compare it "
+        "at equal counts only, and read the kernel distance beside it"
+    )

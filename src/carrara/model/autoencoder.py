@@ -1,0 +1,130 @@
+"""Training an auto-encoder: reconstruction, KL, and from some step on an adversary."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carrara.autoencoder.base import Autoencoder
+from carrara.divergence import kl_to_standard_normal
+from carrara.model.base import Model, OptimizerFactory
+from carrara.model.perceptual import Perceptual
+
+
+class AutoencoderModel(Model):
+    """Minimises reconstruction + kl_weight · KL + adversarial_weight · generator's hinge loss.
+
+    The discriminator learns in the same step by the same optimizer: its loss sees detached reconstructions, the
+    generator's loss goes through a detached copy of its weights, so one backward pass serves both and a batch counts
+    as one step (two Lightning optimizers would count it twice).
+
+    Args:
+        autoencoder: what is trained.
+        kl_weight: of the KL divergence in nats per latent value.
+        perceptual: the path of a VGG16 whose features are compared, see `Perceptual`; None for none.
+        perceptual_weight: of that distance.
+        adversarial_weight: of the generator's loss; 0 builds no discriminator.
+        adversarial_start: optimizer step from which the generator feels the discriminator.
+        optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
+    """
+
+    kind = "autoencoder"
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        kl_weight: float,
+        perceptual: str | None,
+        perceptual_weight: float,
+        adversarial_weight: float,
+        adversarial_start: int,
+        optimizer: OptimizerFactory,
+        warmup_steps: int,
+        cooldown: float,
+        max_steps: int,
+        seed: int,
+    ):
+        super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
+        self.autoencoder = autoencoder
+        self.kl_weight = kl_weight
+        self.perceptual = None if perceptual is None else Perceptual(perceptual).requires_grad_(False)
+        self.perceptual_weight = perceptual_weight
+        self.discriminator = PatchDiscriminator() if adversarial_weight else None
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
+
+    @property
+    def exported(self) -> nn.Module:
+        return self.autoencoder
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        adversarial = ("generator", "discriminator") if self.discriminator is not None else ()
+        perceptual = ("perceptual",) if self.perceptual is not None else ()
+        return ("loss", "reconstruction", "kl", *perceptual, *adversarial)
+
+    @property
+    def hot(self) -> list[nn.Module]:
+        return list(self.autoencoder.children())
+
+    def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
+        images = self.images(batch)
+        mean, logvar = (x.float() for x in self.autoencoder.posterior(images))
+        noise = self.normal(batch, "posterior", tuple(mean.shape[1:]))
+        reconstruction = self.autoencoder.decode_raw(mean + (0.5 * logvar).exp() * noise).float()
+        losses = {
+            "reconstruction": F.mse_loss(reconstruction, images),
+            "kl": kl_to_standard_normal(mean, logvar).mean() / mean[0].numel(),
+        }
+        loss = losses["reconstruction"] + self.kl_weight * losses["kl"]
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual.distance(reconstruction, images).mean()
+            loss = loss + self.perceptual_weight * losses["perceptual"]
+        if self.discriminator is not None:
+            losses |= self._adversarial(self.discriminator, images, reconstruction)
+            active = float(self.global_step >= self.adversarial_start)
+            loss = loss + active * self.adversarial_weight * losses["generator"] + losses["discriminator"]
+        return {"loss": loss} | losses
+
+    def _adversarial(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """Hinge losses (Lim & Ye 2017) of both players."""
+        still = {name: p.detach() for name, p in discriminator.named_parameters()}
+        judged = discriminator(torch.cat([real, fake.detach()]))
+        on_real, on_fake = judged.chunk(2)
+        return {
+            "generator": -torch.func.functional_call(discriminator, still, (fake,)).mean(),
+            "discriminator": 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()),
+        }
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[Tensor]) -> None:
+        """Per-channel mean and std of sampled latents, by which `encode` normalises (Rombach et al. 2022, sec. G)."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for images in batches:
+            mean, logvar = (x.double() for x in self.autoencoder.posterior(images))
+            count += mean.numel() // mean.shape[1]
+            total = total.to(mean) + mean.sum((0, 2, 3))
+            squares = squares.to(mean) + (mean**2 + logvar.exp()).sum((0, 2, 3))
+        average = total / count
+        self.autoencoder.set_statistics(average.float(), (squares / count - average**2).sqrt().float())
+
+
+class PatchDiscriminator(nn.Module):
+    """Images (B, 3, H, W) -> logits (B, 1, h, w), one a patch (Isola et al. 2017)."""
+
+    def __init__(self, width: int = 64, depth: int = 3):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for _ in range(depth - 1):
+            layers += [
+                nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+                nn.GroupNorm(32, 2 * width),
+                nn.LeakyReLU(0.2),
+            ]
+            width *= 2
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 3, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)

@@ -1,0 +1,84 @@
+"""Training a noise predictor in the latent space of a frozen auto-encoder (identity: in pixels)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from carrara.autoencoder.base import Autoencoder
+from carrara.diffusion.objective import Objective
+from carrara.model.base import Model, OptimizerFactory
+
+
+class DiffusionModel(Model):
+    """Latent diffusion (Rombach et al. 2022), trained by DDPM's Algorithm 1 with any schedule, target and times.
+
+    Args:
+        network: the noise predictor, network(x, time, conditioning) -> like x.
+        conditioner: captions -> Conditioning, trained along unless it is frozen.
+        autoencoder: frozen.
+        objective: from clean latents to a loss.
+        caption_dropout: probability of training on the empty caption (classifier-free guidance).
+        optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
+    """
+
+    kind = "noise_predictor"
+    autoencoder: Autoencoder
+
+    def __init__(
+        self,
+        network: nn.Module,
+        conditioner: nn.Module,
+        autoencoder: Autoencoder,
+        objective: Objective,
+        caption_dropout: float,
+        optimizer: OptimizerFactory,
+        warmup_steps: int,
+        cooldown: float,
+        max_steps: int,
+        seed: int,
+    ):
+        super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
+        self.predictor = NoisePredictor(network, conditioner)
+        autoencoder.requires_grad_(False)
+        self.autoencoder = autoencoder.eval()
+        self.objective = objective
+        self.caption_dropout = caption_dropout
+
+    @property
+    def exported(self) -> nn.Module:
+        return self.predictor
+
+    @property
+    def hot(self) -> list[nn.Module]:
+        return [self.predictor.network]
+
+    def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
+        images = self.images(batch)
+        shape = self.autoencoder.latent_shape(images.shape[-1])
+        with torch.no_grad():
+            x0 = self.autoencoder.encode(images, self.normal(batch, "posterior", shape)).float()
+        captions = batch["captions"]
+        if u is None:  # training: times and drops keyed by the position in the stream
+            u = self.uniform(batch, "time")
+            drop = (self.uniform(batch, "caption_dropout") < self.caption_dropout).tolist()
+            captions = ["" if d else caption for d, caption in zip(drop, captions, strict=True)]
+        conditioning = self.predictor.conditioner(captions)
+        eps = self.normal(batch, "noise", shape)
+
+        def predict(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.predictor.network(x_t, time, conditioning)
+
+        return {"loss": self.objective.loss(predict, x0, eps, u).mean()}
+
+
+class NoisePredictor(nn.Module):
+    """Network and conditioner, which are trained, saved and exported together."""
+
+    network: nn.Module
+    conditioner: nn.Module
+
+    def __init__(self, network: nn.Module, conditioner: nn.Module):
+        super().__init__()
+        self.network = network
+        self.conditioner = conditioner

@@ -1,0 +1,152 @@
+"""Optimizers and their learning-rate schedule."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonalize(updates: Tensor, steps: int = 4) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly, by Newton–Schulz iteration (Jordan et al. 2024, "Muon").
+
+    The quintic iteration is X <- (aI + bA + cA²)X with A = XXᵀ. For long matrices it runs on the small square side:
+    it only ever multiplies X from the left by polynomials in the first A, so X itself is touched twice. That form needs
+    float32: in bfloat16 eigenvalues of A that rounding brought below zero grow.
+
+    Args:
+        updates: (k, m, n) matrices with m <= n, float32; bfloat16 will do for n < 2m.
+        steps: of the iteration.
+
+    Returns:
+        (k, m, n); all but the smallest singular values are brought into about [0.7, 1.2].
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = updates / (updates.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    long = x.shape[2] >= 2 * x.shape[1]
+    total = None
+    for step in range(steps):
+        factor = torch.baddbmm(b * gram, gram, gram, alpha=c).add_(identity, alpha=a)
+        if not long:
+            x = factor @ x
+            gram = x @ x.mT if step < steps - 1 else gram
+        else:
+            total = factor if total is None else factor @ total
+            gram = factor @ gram @ factor if step < steps - 1 else gram
+    return x if total is None else total @ x
+
+
+def _matmul_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware: the iteration forgives the rounding."""
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for hidden matrices and convolution kernels flattened to (out, −1), AdamW for everything else.
+
+    Muon: Jordan et al. 2024; the update's scale 0.2·√max(m, n) and the weight decay after Liu et al. 2025
+    (arXiv 2502.16982), so that one learning rate serves both halves. `torch.optim.Muon` refuses kernels.
+
+    Args:
+        params: parameter groups; those with `muon=True` take Muon's step, the others AdamW's.
+        momentum: Muon's, with Nesterov's look-ahead.
+        lr, betas, weight_decay: as in `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict],
+        lr: float,
+        momentum: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        for group in self.param_groups:
+            group.setdefault("muon", False)
+            group["momentum"] = momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["muon"]:
+                self._muon_step(group)
+        super().step()
+        return loss
+
+    def _muon_step(self, group: dict) -> None:
+        by_shape: dict[tuple[int, int], list[Tensor]] = {}  # matrices of one shape go through the iteration together
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape.setdefault((p.shape[0], p[0].numel()), []).append(p)
+        for (rows, columns), params in by_shape.items():
+            updates = torch.stack([self._momentum(p, group["momentum"]) for p in params])
+            if max(rows, columns) < 2 * min(rows, columns):
+                updates = updates.to(_matmul_dtype(updates.device))
+            updates = orthogonalize(updates) if rows <= columns else orthogonalize(updates.mT).mT
+            updates = updates.to(params[0].dtype).contiguous()
+            step = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, [u.view_as(p) for u, p in zip(updates, params, strict=True)], alpha=-step)
+
+    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
+        """The gradient with Nesterov's momentum as a matrix; the gradient is taken, so AdamW's step passes over p."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW's own state has one, and loading looks for it
+            state["momentum"] = torch.zeros_like(p)
+        state["step"] += 1
+        average = state["momentum"].lerp_(p.grad, 1 - momentum)
+        update = p.grad.lerp(average, momentum).flatten(1)
+        p.grad = None
+        return update
+
+
+def parameter_groups(module: nn.Module) -> list[dict]:
+    """Trainable parameters in two groups: hidden matrices and kernels (`muon=True`) and everything else.
+
+    Hidden are the `weight`s of two or more dimensions of linear and convolution layers, except those that map from
+    or to something that is not a feature: a module names them in `not_hidden`, a tuple of its attributes' names.
+    """
+    outer = {
+        id(parameter)
+        for m in module.modules()
+        for name in getattr(m, "not_hidden", ())
+        for parameter in getattr(m, name).parameters()
+    }
+    hidden: list[nn.Parameter] = []
+    other: list[nn.Parameter] = []
+    for m in module.modules():
+        for p in m.parameters(recurse=False):
+            if p.requires_grad:
+                matrix = isinstance(m, nn.Linear | nn.Conv2d) and p.ndim >= 2 and id(p) not in outer
+                (hidden if matrix else other).append(p)
+    return [{"params": hidden, "muon": True}, {"params": other, "muon": False, "weight_decay": 0.0}]
+
+
+def warmup_cooldown(warmup_steps: int, max_steps: int, cooldown: float) -> Callable[[int], float]:
+    """The learning rate's factor at each step: linear warm-up, constant, linear to 0 over the last `cooldown` share."""
+    cooldown_steps = max(cooldown * max_steps, 1e-9)
+
+    def factor(step: int) -> float:
+        return max(min((step + 1) / (warmup_steps + 1), 1.0, (max_steps - step) / cooldown_steps), 0.0)
+
+    return factor
+
+
+def adamw(params: Iterable[dict], lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW on every parameter (Loshchilov & Hutter 2019); norms, biases and embeddings are not decayed."""
+    return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+def sgd(params: Iterable[dict], lr: float) -> torch.optim.Optimizer:
+    """Plain gradient descent."""
+    return torch.optim.SGD(params, lr=lr)

@@ -1,0 +1,76 @@
+"""Captions to token ids: a byte-pair encoding trained on the captions of the shards."""
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+
+SPECIAL_TOKENS = ["<pad>", "<start>", "<end>"]
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+
+class Tokenizer(nn.Module):
+    """Byte-level BPE (Sennrich et al. 2016) between a start and an end token, lower-cased, NFKC-normalised.
+
+    It is a module without parameters so that it travels inside the state dict of whatever reads it: one file holds
+    the weights and the vocabulary they belong to.
+
+    Args:
+        vocab_size: the most token ids it may use; bytes and special tokens alone are 259.
+        max_length: tokens a caption is cut to; the end token is kept.
+    """
+
+    def __init__(self, vocab_size: int, max_length: int):
+        super().__init__()
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(f"vocab_size={vocab_size}, but the bytes and special tokens are {SMALLEST_VOCABULARY}")
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self._backend: BackendTokenizer | None = None
+
+    @property
+    def trained(self) -> bool:
+        return self._backend is not None
+
+    def train_on(self, captions: Iterable[str]) -> None:
+        """Learn the vocabulary; the same captions in the same order give the same ids."""
+        backend = BackendTokenizer(models.BPE())
+        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(captions, trainer)
+        self._set(backend)
+
+    def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """ids (B, L) int64 and mask (B, L) bool, padded to the longest caption of the batch."""
+        if self._backend is None:
+            raise RuntimeError("the tokenizer has not been trained: call train_on(captions) or load a state dict")
+        encodings = self._backend.encode_batch(captions)
+        ids = torch.tensor([e.ids for e in encodings], dtype=torch.int64)
+        mask = torch.tensor([e.attention_mask for e in encodings], dtype=torch.bool)
+        return ids, mask
+
+    def _set(self, backend: BackendTokenizer) -> None:
+        start, end = backend.token_to_id("<start>"), backend.token_to_id("<end>")
+        backend.post_processor = processors.TemplateProcessing(
+            single="<start> $A <end>", special_tokens=[("<start>", start), ("<end>", end)]
+        )
+        backend.enable_truncation(self.max_length)
+        backend.enable_padding(pad_id=backend.token_to_id("<pad>"), pad_token="<pad>")
+        self._backend = backend
+
+    def get_extra_state(self) -> Tensor:
+        text = "" if self._backend is None else self._backend.to_str()
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.numel():
+            self._set(BackendTokenizer.from_str(bytes(state.tolist()).decode()))

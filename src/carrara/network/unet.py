@@ -1,0 +1,187 @@
+"""The noise predictor of latent and pixel diffusion: a U-Net with attention over its own pixels and the text.
+
+Ho et al. 2020 (residual blocks, time embedding), Rombach et al. 2022 (transformer blocks with cross-attention).
+With channels [320, 640, 1280, 1280], attention [true, true, true, false] and 8 heads it is Stable Diffusion 1's.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from carrara.network.conditioning import Conditioning
+from carrara.network.layers import (
+    GEGLU,
+    Attention,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    norm_groups,
+    sinusoidal_embedding,
+    zero_,
+)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward, each after a LayerNorm and around a skip."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, heads, context_width)
+        self.norm3 = nn.LayerNorm(width)
+        self.feed_forward = GEGLU(width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.self_attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), context, mask)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map (B, C, H, W).
+
+    With `positions` (H, W) a learned position is added to each pixel before attention; convolutions alone tell
+    positions only near the border, so a small network binds "left of" to a place much sooner with them.
+    """
+
+    def __init__(self, channels: int, heads: int, context_width: int, depth: int, positions: tuple[int, int] | None):
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups(channels), channels, eps=1e-6)
+        self.project_in = nn.Linear(channels, channels)
+        self.positions = (
+            None if positions is None else nn.Parameter(0.02 * torch.randn(positions[0] * positions[1], channels))
+        )
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width) for _ in range(depth))
+        self.project_out = zero_(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        h = self.project_in(self.norm(x).flatten(2).transpose(1, 2))
+        if self.positions is not None:
+            h = h + self.positions
+        for block in self.blocks:
+            h = block(h, context, mask)
+        return x + self.project_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Stage(nn.Module):
+    """A residual block and, where the level has attention, a spatial transformer."""
+
+    def __init__(self, residual: ResidualBlock, transformer: SpatialTransformer | None):
+        super().__init__()
+        self.residual = residual
+        self.transformer = transformer
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        x = self.residual(x, embedding)
+        return x if self.transformer is None else self.transformer(x, context, mask)
+
+
+class UNet(nn.Module):
+    """x (B, C, H, W), time (B,), conditioning -> (B, C, H, W).
+
+    Args:
+        in_channels: channels of x and of the output.
+        resolution: height and width of x in training; read only with `learned_positions`.
+        channels: width of each level, finest first; each level halves the resolution of the one before.
+        attention: whether each level has transformers.
+        num_blocks: residual blocks a level on the way down (one more on the way up).
+        depth: transformer blocks in each spatial transformer.
+        heads: attention heads.
+        context_width: features of the conditioning's tokens.
+        pooled_width: features of the conditioning's pooled vector, added to the time embedding; 0 ignores it.
+        learned_positions: add a learned position to each pixel before attention. The resolution is then fixed.
+        checkpointing: recompute stages in the backward pass instead of keeping their activations.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        resolution: int,
+        channels: list[int],
+        attention: list[bool],
+        num_blocks: int,
+        depth: int,
+        heads: int,
+        context_width: int,
+        pooled_width: int,
+        learned_positions: bool,
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        if len(channels) != len(attention):
+            raise ValueError(f"network.channels has {len(channels)} levels, network.attention {len(attention)}")
+        if resolution % 2 ** (len(channels) - 1):
+            raise ValueError(f"a resolution of {resolution} cannot be halved {len(channels) - 1} times")
+        self.in_channels = in_channels
+        self.context_width = context_width
+        self.checkpointing = checkpointing
+        width = 4 * channels[0]
+        self.time_embedding = nn.Sequential(nn.Linear(channels[0], width), nn.SiLU(), nn.Linear(width, width))
+        self.pooled_embedding = nn.Linear(pooled_width, width) if pooled_width else None
+
+        def stage(level: int, c_in: int, c_out: int, attend: bool) -> Stage:
+            size = resolution // 2**level
+            positions = (size, size) if learned_positions else None
+            transformer = SpatialTransformer(c_out, heads, context_width, depth, positions) if attend else None
+            return Stage(ResidualBlock(c_in, c_out, width), transformer)
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
+        current, skips = channels[0], [channels[0]]
+        last = len(channels) - 1
+        for level, c in enumerate(channels):
+            stages = nn.ModuleList()
+            for _ in range(num_blocks):
+                stages.append(stage(level, current, c, attention[level]))
+                current = c
+                skips.append(c)
+            self.down.append(stages)
+            if level < last:
+                self.downsample.append(Downsample(c))
+                skips.append(c)
+        self.middle = stage(last, current, current, True)
+        self.middle_residual = ResidualBlock(current, current, width)
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(channels))):
+            stages = nn.ModuleList()
+            for _ in range(num_blocks + 1):
+                stages.append(stage(level, current + skips.pop(), channels[level], attention[level]))
+                current = channels[level]
+            self.up.append(stages)
+            if level > 0:
+                self.upsample.append(Upsample(current))
+        self.norm_out = nn.GroupNorm(norm_groups(current), current)
+        self.conv_out = zero_(nn.Conv2d(current, in_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        embedding = self.time_embedding(
+            sinusoidal_embedding(time, self.conv_in.out_channels).to(self.conv_in.weight.dtype)
+        )
+        if self.pooled_embedding is not None:
+            embedding = embedding + self.pooled_embedding(conditioning.pooled)
+        text = conditioning.tokens, conditioning.mask
+        x = self.conv_in(x)
+        skips = [x]
+        for level, stages in enumerate(self.down):
+            assert isinstance(stages, nn.ModuleList)
+            for stage in stages:
+                x = self._run(stage, x, embedding, *text)
+                skips.append(x)
+            if level < len(self.downsample):
+                x = self.downsample[level](x)
+                skips.append(x)
+        x = self._run(self.middle, x, embedding, *text)
+        x = self.middle_residual(x, embedding)
+        for level, stages in enumerate(self.up):
+            assert isinstance(stages, nn.ModuleList)
+            for stage in stages:
+                x = self._run(stage, torch.cat([x, skips.pop()], dim=1), embedding, *text)
+            if level < len(self.upsample):
+                x = self.upsample[level](x)
+        return self.conv_out(nn.functional.silu(self.norm_out(x)))
+
+    def _run(self, stage: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            return torch.utils.checkpoint.checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)

@@ -1,0 +1,180 @@
+"""The trained parts a run needs: named, found by fingerprint, or trained first, once for all."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from carrara import run_folder
+from carrara.component import CARD, read_component
+from carrara.config import Composed, Config, compose, fingerprint
+from carrara.errors import UserError
+
+AUTO = "auto"
+
+_CARRIED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "accelerator", "precision"))
+_NOT_THE_PART = (
+    "runs_dir", "resume", "dry_run", "sweep", "logger", "callback", "size", "part", "data"
+)  # fmt: skip
+_INTERFACE = {"autoencoder": ("latent_channels", "downsampling")}  # what the network is built to fit
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part a run needs.
+
+    Attributes:
+        folder: the component; None while the data, which the fingerprint is of, is not there.
+        run: the folder it is trained in, of an `auto` part.
+        config: of that training.
+        parts: what that training needs itself.
+    """
+
+    kind: str
+    folder: Path | None
+    run: Path | None = None
+    config: Config = field(default_factory=dict)
+    parts: "tuple[Part, ...]" = ()
+
+    def is_ready(self) -> bool:
+        """Whether the component is there now."""
+        return self.folder is not None and (self.folder / CARD).is_file()
+
+
+def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | None) -> list[Part]:
+    """The parts that the run's `part` node names; nothing is trained or written.
+
+    Args:
+        data_fingerprint: of the contents of the run's data; None where they are not there yet.
+
+    Raises:
+        UserError: a part that does not exist, is of another kind, or does not fit the run's network.
+    """
+    config = composed.config
+    found = []
+    for kind, reference in (config.get("part") or {}).items():
+        if reference == AUTO:
+            found.append(_auto_part(conf_dir, composed, kind, data_fingerprint))
+        elif reference is not None:
+            folder = find_component(str(reference), kind, Path(config["runs_dir"]))
+            _check_interface(kind, folder, config)
+            found.append(Part(kind, folder))
+    return found
+
+
+def with_parts(config: Config, parts: list[Part]) -> Config:
+    """The run's config with concrete component folders in `part`."""
+    config = deepcopy(config)
+    for part in parts:
+        if part.folder is not None:
+            config["part"][part.kind] = _portable(part.folder)
+    return config
+
+
+def train_missing(parts: list[Part], train: Callable[[Path], None]) -> None:
+    """Trains what is missing, in the order in which it is needed; an unfinished part goes on where it was.
+
+    Args:
+        train: runs the run in a folder to its end.
+    """
+    for part in in_order(parts):
+        if part.is_ready():
+            continue
+        assert part.run is not None
+        with run_folder.claim(part.run, wait=True):
+            if part.is_ready():  # by whom we waited for
+                _log.info("using %s", part.run)
+                continue
+            run_folder.save_config(part.run, part.config)
+            _log.info("training the %s first, in %s", part.kind, part.run)
+            train(part.run)
+        if not part.is_ready():
+            raise UserError(f"the {part.kind} in {part.run} was trained and not exported; start again to go on with it")
+
+
+def in_order(parts: "list[Part] | tuple[Part, ...]") -> Iterator[Part]:
+    """Each part after those it needs itself."""
+    for part in parts:
+        yield from in_order(part.parts)
+        yield part
+
+
+def find_component(reference: str, kind: str, runs_dir: Path) -> Path:
+    """The component folder that a reference names: itself, a run's, or one below `runs_dir/components`.
+
+    Raises:
+        UserError: there is none, or it is of another kind.
+    """
+    for base in (Path(reference), runs_dir / "components" / reference):
+        for folder in (base, run_folder.component_folder(base)):
+            if (folder / CARD).is_file():
+                read_component(folder, kind)
+                return folder
+    wrong = "it has no finished component" if Path(reference).is_dir() else "there is no such folder"
+    raise UserError(f"part.{kind}={reference}: {wrong}; name a component's folder, a finished run, or {AUTO}")
+
+
+def _auto_part(conf_dir: Path, composed: Composed, kind: str, data_fingerprint: str | None) -> Part:
+    own = _compose_part(conf_dir, composed, kind)
+    parts = needed_parts(conf_dir, own, data_fingerprint)
+    config = with_parts(own.config, parts)
+    if data_fingerprint is None:
+        return Part(kind, None, None, config, tuple(parts))
+    run = Path(config["runs_dir"]) / "components" / f"{kind}-{_part_fingerprint(config, parts, data_fingerprint)}"
+    return Part(kind, run_folder.component_folder(run), run, config, tuple(parts))
+
+
+def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
+    """`model=<kind>` on the run's data and size, with its settings of that architecture and of the machine."""
+    config = composed.config
+    nodes: dict[str, Any] = {key: config[key] for key in ("data", kind, "runs_dir", "logger") if key in config}
+    if composed.size:
+        nodes["size"] = composed.size
+    if "seed" in nodes.get("data", {}):
+        nodes["data"] = {**nodes["data"], "seed": "${seed}"}  # a part has its own seed
+    for key in _CARRIED:
+        nodes[key] = config["trainer"][key.removeprefix("trainer.")]
+    choices = [f"{group}={composed.choices[group]}" for group in ("data", "size") if group in composed.choices]
+    try:
+        return compose(conf_dir, "train", [f"model={kind}", *choices], nodes)
+    except UserError as mistake:
+        raise UserError(f"part.{kind}={AUTO} (model={kind}): {mistake}") from None
+
+
+def _part_fingerprint(config: Mapping[str, Any], parts: list[Part], data_fingerprint: str) -> str:
+    """Of what shapes the part's weights: not of where it lies, how it is watched, or the machine."""
+    content = {key: value for key, value in config.items() if key not in _NOT_THE_PART}
+    content["trainer"] = {k: v for k, v in config["trainer"].items() if k not in run_folder.OF_THE_MACHINE}
+    content["data"] = [data_fingerprint, config["data"].get("stages") or []]
+    content["part"] = {part.kind: _content_of(part) for part in parts}
+    return fingerprint(content)
+
+
+def _content_of(part: Part) -> str:
+    if part.run is not None:
+        return part.run.name
+    assert part.folder is not None
+    return str(read_component(part.folder).card["sha256"])
+
+
+def _check_interface(kind: str, folder: Path, config: Mapping[str, Any]) -> None:
+    component, node = read_component(folder, kind).config, config.get(kind) or {}
+    for key in _INTERFACE.get(kind, ()):
+        theirs, ours = component.get(key), node.get(key)
+        if theirs is not None and ours is not None and theirs != ours:
+            raise UserError(
+                f"part.{kind}={folder} has {key} {theirs}, this run's {kind} has {ours}: "
+                f"pass {kind}.{key}={theirs}, or another part"
+            )
+
+
+def _portable(folder: Path) -> str:
+    """Relative below the working directory, so that it can be moved as a whole; absolute elsewhere."""
+    absolute = folder.resolve()
+    here = Path.cwd().resolve()
+    return os.fspath(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)

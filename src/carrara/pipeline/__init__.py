@@ -1,0 +1,1 @@
+"""Trained parts put together for making pictures."""

@@ -1,0 +1,132 @@
+"""What a run would do, on one screen, with nothing started: `dry_run=true`."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import hydra.utils
+import torch
+from torch import nn
+
+from carrara.config import Config, build
+from carrara.data.module import ShardData
+from carrara.errors import UserError
+from carrara.parts import Part, in_order
+from carrara.precision import choose_precision
+
+_NODES = ("network", "conditioner", "autoencoder", "evaluator")  # architectures, in the order they are shown
+_GIB = 2**30
+
+
+def describe(config: Config, parts: list[Part], data: ShardData | UserError) -> str:
+    """The plan as lines of text.
+
+    Args:
+        config: of the run.
+        parts: that it needs.
+        data: its data, or why they are not there.
+    """
+    trainer = config["trainer"]
+    devices, nodes, accumulate, batch = (trainer[k] for k in ("devices", "num_nodes", "accumulate", "batch_size"))
+    modules, model = meta_modules(config)
+    lines = [f"{config['name']} on {config['data']['name']}, size {config.get('size')}: the plan, nothing is started"]
+    for part in in_order(parts):
+        lines.append(_row("part", part.kind, _state_of(part)))
+    for name, module in modules.items():
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
+        counts = [f"{n:,} {word}" for n, word in ((trained, "trained"), (frozen, "frozen")) if n]
+        lines.append(_row("parameters", name, ", ".join(counts) or "none"))
+    micro = batch // (devices * nodes * accumulate)
+    made = f"{nodes} nodes × {devices} devices × {accumulate} accumulated × {micro} a micro-batch"
+    lines.append(_row("batch", f"{batch:,}", f"images a step = {made}"))
+    lines += _epochs(trainer, data)
+    precision, reason = choose_precision(trainer["precision"], trainer["accelerator"])
+    lines.append(_row("precision", precision, reason if trainer["precision"] != "auto" else f"here: {reason}"))
+    lines += _memory(modules, model)
+    return "\n".join(lines)
+
+
+def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
+    """The run's architectures by node, parts it does not train frozen, and the LightningModule that holds them.
+
+    All are on PyTorch's meta device: shapes without memory.
+    """
+    node = config["model"]
+    parameters = inspect.signature(hydra.utils.get_object(node["_target_"])).parameters.values()
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {name: build(config[name]) for name in _NODES if _is_used(config, name)}
+        for name in (config.get("part") or {}).keys() & modules.keys():
+            modules[name].requires_grad_(False)
+        # what is neither a setting nor an architecture (an objective, say) has no parameters to count
+        rest = {p.name: modules.get(p.name) for p in parameters if p.name not in node}
+        model = build(node, **rest)
+    known = {id(p) for module in modules.values() for p in module.parameters()}
+    others = nn.ParameterList(p for p in model.parameters() if id(p) not in known)
+    if len(others):
+        modules["other"] = others  # a discriminator, say
+    return modules, model
+
+
+def _is_used(config: Config, name: str) -> bool:
+    node = config.get(name)
+    return isinstance(node, Mapping) and "_target_" in node
+
+
+def _state_of(part: Part) -> str:
+    if part.is_ready():
+        return f"found in {part.folder}"
+    trainer = part.config["trainer"]
+    steps = f"{trainer['max_steps']:,} steps of {trainer['batch_size']:,} images"
+    if part.run is None:
+        return f"found once the data are there, or trained first: {steps}"
+    return f"to be trained first in {part.run}: {steps}"
+
+
+def _epochs(trainer: Mapping[str, Any], data: ShardData | UserError) -> list[str]:
+    batch, steps = trainer["batch_size"], trainer["max_steps"]
+    total = _row("length", f"{steps:,}", f"steps = {steps * batch:,} images") if steps else ""
+    images = trainer.get("epoch_samples") or (None if isinstance(data, UserError) else data.num_train)
+    if images is None:
+        return [
+            _row("data", "missing", str(data)),
+            _row("epoch", "unknown", "images, until the data are there"),
+            total,
+        ]
+    per_epoch = max(1, images // batch)
+    found = [] if isinstance(data, UserError) else [_row("data", f"{data.num_train:,}", "images to train on")]
+    missing = [_row("data", "missing", str(data))] if isinstance(data, UserError) else []
+    return [*found, *missing, _row("epoch", f"{per_epoch * batch:,}", f"images = {per_epoch:,} steps"), total]
+
+
+def _memory(modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
+    """Bytes a device holds all the time; every device holds all of it (DDP copies, it does not split)."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for module in modules.values() for p in module.parameters() if not p.requires_grad)
+    sizes = {
+        "weights": 4 * trained,
+        "gradients": 4 * trained,
+        "EMA": 4 * trained,
+        "optimizer": optimizer_bytes(model),
+        "frozen": 4 * frozen,
+    }
+    listed = " + ".join(f"{name} {size / _GIB:.2f}" for name, size in sizes.items())
+    return [
+        _row("memory", f"{sum(sizes.values()) / _GIB:.2f} GiB", f"a device = {listed}"),
+        _row("", "", "and activations, which grow with the micro-batch and are not estimated"),
+    ]
+
+
+def optimizer_bytes(model: nn.Module) -> int:
+    """Bytes of the optimizer's state, from one step on tensors without memory."""
+    optimizer = model.configure_optimizers()["optimizer"]  # type: ignore[operator]
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.numel() * value.element_size() for value in states if isinstance(value, torch.Tensor))
+
+
+def _row(title: str, number: str, text: str) -> str:
+    return f"  {title:<11} {number:<14} {text}".rstrip()

@@ -1,0 +1,108 @@
+"""One process of `evaluate.py`: its share of the chunks, and on rank 0 the result."""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from carrara.build import build_scores, load_trained, set_sampling
+from carrara.callback.generation import PictureScores
+from carrara.callback.score import Setting
+from carrara.component import load_component
+from carrara.config import Config, build, load_yaml
+from carrara.data.decode import DecodeError, decode_caption, decode_image
+from carrara.data.module import ShardData
+from carrara.errors import UserError
+from carrara.evaluator.clip import CLIP
+from carrara.metric.extractor import InceptionExtractor
+from carrara.precision import choose_precision, local_device
+from carrara.rank import rank_main
+from carrara.score_card import folder_card, score_card
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def run(out: Path) -> None:
+    """Scores as `out/evaluate.yaml` says; rank 0 writes `out/scores.json`."""
+    order = load_yaml(out / "evaluate.yaml")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    settings = order["trainer"]
+    device = local_device(settings["accelerator"])
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")
+    precision, _ = choose_precision(settings["precision"], settings["accelerator"])
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+    def setting(data: ShardData) -> Setting:
+        return Setting(data.validation, rank, world, device, autocast, out if rank == 0 else None, 0)
+
+    with torch.no_grad():
+        card = _of_run(order, setting) if order["run"] is not None else _of_folder(order, setting)
+    if rank == 0:
+        (out / "scores.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
+    config, model, modules = load_trained(Path(order["run"]))
+    set_sampling(config, Path(order["conf_dir"]), order["sampler"], order["num_steps"], order["guidance_scale"])
+    score = config["callback"]["score"]
+    given = {key: order[key] for key in ("num_images", "seed", "batch_size", "inception") if order[key] is not None}
+    score |= {key: value for key, value in given.items() if key in score}
+    data: ShardData = build(config["data"])
+    where = setting(data)
+    model.to(where.device)
+    scores: dict[str, float] = {}
+    for one in build_scores(config, data, modules):
+        scores |= one(model, where)
+    return score_card(config, scores)
+
+
+def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
+    data: ShardData = build(order["data"])
+    where = setting(data)
+    evaluator, evaluator_card = load_component(Path(order["part"]["evaluator"]), "evaluator")
+    assert isinstance(evaluator, CLIP)
+    inception = None if order["inception"] is None else InceptionExtractor(order["inception"]).to(where.device)
+    files = sorted(p for p in Path(order["images"]).iterdir() if p.suffix.lower() in _SUFFIXES)
+    files = [p for p in files if p.stem not in ("grid", "strip")][: order["num_images"]]
+    if len(files) < 2:
+        raise UserError(
+            f"images={order['images']} holds {len(files)} pictures ({', '.join(_SUFFIXES)}); two are needed"
+        )
+    captioned = all(p.with_suffix(".txt").is_file() for p in files)
+    check, device = data.prompt_check, where.device
+    judge = PictureScores(evaluator.to(device), inception, check, len(files), device, captioned)
+    resolution = data.decoding.resolution
+    for chunk in where.chunks(np.arange(len(files)), order["batch_size"]):
+        pictures = torch.stack([_picture(files[k], resolution) for k in chunk.tolist()]).to(device)
+        captions = [decode_caption(files[k].with_suffix(".txt").read_bytes()) for k in chunk] if captioned else []
+        with where.autocast():
+            judge.add_generated(pictures, captions, torch.from_numpy(chunk))
+    real = data.validation.splits["held_out"]
+    for chunk in where.chunks(real, order["batch_size"]):
+        batch = data.validation.take(chunk)
+        with where.autocast():
+            judge.add_real(batch["images"].to(where.device), batch["positions"])
+    return folder_card(judge.compute(), evaluator_card["sha256"], len(real), len(files), resolution)
+
+
+def _picture(path: Path, resolution: int) -> torch.Tensor:
+    try:
+        return torch.from_numpy(decode_image(path.read_bytes(), resolution))
+    except DecodeError as error:
+        raise UserError(f"{path} cannot be decoded: {error}") from None
+
+
+if __name__ == "__main__":
+    rank_main(run)

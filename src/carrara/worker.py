@@ -1,0 +1,170 @@
+"""One process of a run: reads the run's config, trains, exports. Started by `carrara.launch`, once per device."""
+
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor, nn
+
+from carrara.build import build_model, build_scores, exported_config
+from carrara.callback.checkpoint import Checkpoints, VerifiedCheckpointIO, checkpoint_step, newest_valid
+from carrara.callback.ema import EMA
+from carrara.callback.evaluation import Evaluation
+from carrara.callback.export import Export
+from carrara.callback.log import JsonLines, Wandb
+from carrara.callback.progress import Progress
+from carrara.callback.vocabulary import Vocabulary
+from carrara.config import Config, build, fingerprint
+from carrara.data.module import ShardData
+from carrara.precision import choose_precision
+from carrara.rank import rank_main
+from carrara.report import write_report
+from carrara.run_folder import load_config
+from carrara.score_card import score_card
+
+_log = logging.getLogger(__name__)
+
+_VOCABULARY_CAPTIONS = 1_000_000  # more add nothing to a vocabulary
+_MEASURED_IMAGES = 4096  # for the latents' mean and standard deviation
+
+
+def run(folder: Path) -> None:
+    """Trains the run in `folder` from its newest checkpoint, or from the start, to its end."""
+    _quieten()
+    config = load_config(folder)
+    settings = config["trainer"]
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config["seed"])  # the same initial weights on every rank
+    data: ShardData = build(config["data"])
+    model, modules = build_model(config)
+    if settings["compile"]:
+        for module in model.hot:
+            module.compile()  # in place: no prefix in the state dict
+    checkpoint = newest_valid(folder / "checkpoints")
+    position = 0 if checkpoint is None else checkpoint_step(checkpoint) * settings["batch_size"]
+    epoch_steps = max(1, (settings["epoch_samples"] or data.num_train) // settings["batch_size"])
+    log = JsonLines(folder / "metrics.jsonl", settings["batch_size"], epoch_steps)
+    precision, reason = choose_precision(settings["precision"], settings["accelerator"])
+    trainer = lightning.Trainer(
+        accelerator=_accelerator(settings["accelerator"]),
+        devices=settings["devices"],
+        num_nodes=settings["num_nodes"],
+        strategy=_strategy(settings),
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=settings["max_steps"],
+        max_epochs=-1,
+        accumulate_grad_batches=settings["accumulate"],
+        gradient_clip_val=settings["gradient_clip"],
+        callbacks=_callbacks(config, folder, data, model, modules, epoch_steps),
+        plugins=_plugins(),
+        logger=[log, *_wandb(config, folder, epoch_steps)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+    if trainer.is_global_zero:
+        for line in data.report():
+            _log.info("%s", line)
+        _log.info("precision %s: %s", precision, reason)
+        log.cut_back(0 if checkpoint is None else checkpoint_step(checkpoint))
+        if checkpoint is not None:
+            _log.info("going on from %s", checkpoint)
+    loader = data.train_loader(
+        settings["batch_size"],
+        trainer.global_rank,
+        trainer.world_size,
+        settings["accumulate"],
+        settings["max_steps"],
+        position,
+    )
+    trainer.fit(model, loader, ckpt_path=checkpoint, weights_only=True)
+    loader.close()
+    if trainer.is_global_zero:
+        _log.info("report: %s", write_report(folder))
+
+
+def _callbacks(
+    config: Config, folder: Path, data: ShardData, model: Any, modules: dict[str, nn.Module], epoch_steps: int
+) -> list[Callback]:
+    settings, node = config["trainer"], config["callback"]
+    batch_size = settings["batch_size"]
+    ema = EMA(settings["ema_decay"])
+    evaluation = Evaluation(build_scores(config, data, modules), data.validation, epoch_steps, ema, folder / "samples")
+    card = {"fingerprint": fingerprint(config), "data": {"name": data.name, "fingerprint": data.fingerprint}}
+
+    def images() -> Iterator[Tensor]:
+        batches = data.train_loader(batch_size)
+        yield from itertools.islice((batch["images"] for batch in batches), -(-_MEASURED_IMAGES // batch_size))
+
+    return [
+        Vocabulary(lambda: data.captions(_VOCABULARY_CAPTIONS)),
+        ema,
+        evaluation,
+        Progress(settings["log_steps"], batch_size, evaluation, node["headline"]),
+        Checkpoints(
+            folder / "checkpoints",
+            settings["checkpoint_minutes"],
+            epoch_steps,
+            settings["keep_checkpoints"],
+            batch_size,
+        ),
+        Export(
+            folder,
+            exported_config(config, model.kind),
+            images,
+            ema,
+            evaluation,
+            card,
+            partial(score_card, config),
+        ),
+    ]
+
+
+def _accelerator(setting: str) -> str:
+    """Lightning's own `auto` would take Apple's MPS, which has no float64 for the metrics."""
+    if setting != "auto":
+        return setting
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _strategy(settings: dict[str, Any]) -> Strategy | str:
+    if settings["devices"] * settings["num_nodes"] == 1:
+        return "auto"
+    return DDPStrategy(timeout=timedelta(seconds=settings["timeout_s"]), gradient_as_bucket_view=True)
+
+
+def _plugins() -> list[Any]:
+    # under srun Lightning would choose its own environment; torchrun's variables are set in every case
+    return [VerifiedCheckpointIO(), *([TorchElasticEnvironment()] if "RANK" in os.environ else [])]
+
+
+def _wandb(config: Config, folder: Path, epoch_steps: int) -> list[Wandb]:
+    settings = config["logger"]["wandb"]
+    if "disabled" in (settings["mode"], os.environ.get("WANDB_MODE")):
+        return []
+    return [Wandb(folder, config, config["trainer"]["batch_size"], epoch_steps)]
+
+
+def _quieten() -> None:
+    """Lightning's advice is for those who call it by hand."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.*")
+
+
+if __name__ == "__main__":
+    rank_main(run)

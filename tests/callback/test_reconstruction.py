@@ -1,0 +1,51 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from carrara.callback.reconstruction import Reconstruction
+from carrara.metric.psnr import psnr
+from carrara.pipeline.pictures import to_uint8
+from tests.tiny import autoencoder_model, batch, setting
+
+
+@torch.no_grad()
+def test_psnr_is_that_of_the_mean_reconstruction():
+    model = autoencoder_model().eval()
+    scores = Reconstruction(num_images=5, batch_size=2, num_previews=2, check=None)(model, setting(20))
+    assert scores.keys() == {"val/psnr", "val/num_images", "val_seen/psnr", "val_seen/num_images"}
+    images = batch(range(0, 10, 2))["images"]  # the held-out ones
+    back = model.autoencoder.decode(model.autoencoder.encode(images.float() / 127.5 - 1))
+    assert scores["val/psnr"] == pytest.approx(psnr(to_uint8(back), images).mean().item(), rel=1e-4)
+    assert scores["val/num_images"] == 5
+
+
+@torch.no_grad()
+def test_the_statistics_do_not_change_the_reconstruction():
+    model, score = autoencoder_model().eval(), Reconstruction(4, 4, 2, None)
+    before = score(model, setting(8))["val/psnr"]
+    model.autoencoder.set_statistics(torch.ones(4), torch.full((4,), 3.0))
+    assert score(model, setting(8))["val/psnr"] == pytest.approx(before, abs=1e-3)
+
+
+@torch.no_grad()
+def test_a_parser_reads_the_reconstructions():
+    seen: list[torch.Tensor] = []
+
+    def check(captions, images):
+        seen.append(images)
+        return [{"all": k % 2 == 0} for k in range(len(captions))]
+
+    scores = Reconstruction(4, 4, 2, check)(autoencoder_model().eval(), setting(8))
+    assert scores["val/reconstruction_accuracy"] == 0.5
+    assert seen[0].dtype == torch.uint8 and not torch.equal(seen[0], batch(range(0, 8, 2))["images"])
+
+
+@torch.no_grad()
+def test_pairs_to_look_at(tmp_path):
+    Reconstruction(4, 4, 2, None)(autoencoder_model().eval(), setting(8, samples_dir=tmp_path))
+    image = Image.open(tmp_path / "reconstruction=0001.png")
+    assert image.size == (4 * 8, 8)
+    facts = json.loads((tmp_path / "reconstruction=0001.json").read_text())
+    assert [tile["caption"] for tile in facts["captions"]] == batch([0, 2])["captions"]

@@ -1,0 +1,151 @@
+"""Which shards a spec means."""
+
+import gzip
+import http.server
+import threading
+from functools import partial
+
+import pytest
+import webdataset.utils
+
+from carrara.data.source import expand, localize
+from carrara.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a-0.tar", "a-1.tar", "a-2.tar", "b.tar", "with [brackets] {and},comma.tar", "note.txt"):
+        (tmp_path / name).write_bytes(b"tar")
+    return tmp_path
+
+
+def names(found, folder):
+    assert all(path.startswith(f"{folder}/") for path in found)
+    return [path.removeprefix(f"{folder}/") for path in found]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("b.tar", ["b.tar"]),
+        ("a-{0..2}.tar", ["a-0.tar", "a-1.tar", "a-2.tar"]),
+        ("{b,a-1}.tar", ["b.tar", "a-1.tar"]),
+        ("a-*.tar", ["a-0.tar", "a-1.tar", "a-2.tar"]),
+        ("[ab]*.tar", ["a-0.tar", "a-1.tar", "a-2.tar", "b.tar"]),
+        ("{a-[01],b}*.tar", ["a-0.tar", "a-1.tar", "b.tar"]),
+        ("with [brackets] {and},comma.tar", ["with [brackets] {and},comma.tar"]),
+        ("a-0.tar::b.tar", ["a-0.tar", "b.tar"]),
+    ],
+)
+def test_specs(folder, monkeypatch, spec, expected):
+    monkeypatch.chdir(folder)
+    assert expand(spec) == expected
+    assert (
+        names(expand(f"{folder}/{spec}") if "::" not in spec else [f"{folder}/{e}" for e in expected], folder)
+        == expected
+    )
+
+
+def test_lists_and_folders(folder):
+    assert names(expand([f"{folder}/b.tar", f"{folder}/a-{{0..1}}.tar"]), folder) == [
+        "b.tar",
+        "a-0.tar",
+        "a-1.tar",
+    ]
+    assert names(expand(f"[{folder}/b.tar, {folder}/{{a-2,a-0}}.tar]"), folder) == [
+        "b.tar",
+        "a-2.tar",
+        "a-0.tar",
+    ]
+    assert len(expand(str(folder))) == 5
+    assert names(expand(f"file:{folder}/b.tar"), folder) == names(expand(f"file://{folder}/b.tar"), folder) == ["b.tar"]
+
+
+def test_a_shard_named_twice_is_read_once(folder, caplog):
+    assert names(expand([f"{folder}/a-*.tar", f"{folder}/a-1.tar"]), folder) == [
+        "a-0.tar",
+        "a-1.tar",
+        "a-2.tar",
+    ]
+    assert "names 1 shards more than once" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("c-*.tar", r"data\.urls: no shard matches .*c-\*\.tar"),
+        ("a-{0..3}.tar", r"data\.urls: there is no shard .*a-3\.tar"),
+        ("c.tar", r"data\.urls: there is no shard .*c\.tar"),
+        ([], "is empty"),
+        ("[]", "is empty"),
+    ],
+)
+def test_what_is_not_there_is_named(folder, monkeypatch, spec, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match=message):
+        expand(spec)
+
+
+@pytest.mark.parametrize(
+    "url", ["pipe:cat a-0.tar", "pipe:touch hacked", "s3://bucket/a.tar", "gs://b/a.tar", "pipe:cat *.tar"]
+)
+def test_trap_5_shells_and_unknown_schemes_are_refused_by_name(folder, monkeypatch, url):
+    monkeypatch.chdir(folder)
+    for spec in (url, [url], f"[{url}]"):
+        with pytest.raises(UserError, match=f"'{url.partition(':')[0]}:' is not read"):
+            expand(spec)
+    assert not (folder / "hacked").exists()
+
+
+def test_trap_5_webdataset_runs_neither_pickles_nor_shells(folder):
+    assert webdataset.utils.enforce_security
+    with pytest.raises(ValueError, match="unsafe_gopen"):
+        webdataset.gopen(f"pipe:touch {folder}/hacked")
+    assert not (folder / "hacked").exists()
+
+
+def test_gzipped_shards_are_unpacked_once(tmp_path):
+    plain, packed = tmp_path / "a.tar", tmp_path / "b.tar.gz"
+    plain.write_bytes(b"plain")
+    packed.write_bytes(gzip.compress(b"packed"))
+    found = localize([str(plain), str(packed)], tmp_path / "cache")
+    assert found[0] == str(plain)
+    with open(found[1], "rb") as file:
+        assert file.read() == b"packed"
+    assert localize([str(packed)], tmp_path / "cache") == found[1:]
+    packed.write_bytes(gzip.compress(b"packed anew"))
+    assert localize([str(packed)], tmp_path / "cache") != found[1:]
+    packed.write_bytes(gzip.compress(b"cut" * 1000)[:-10])
+    with pytest.raises(UserError, match=r"b\.tar\.gz"):
+        localize([str(packed)], tmp_path / "cache")
+    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 2
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        if "cut" in self.path:  # says 1000 bytes, and sends 10
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(bytes(10))
+        else:
+            super().do_GET()
+
+
+def test_remote_shards_are_fetched_whole_or_not_at_all(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        urls = expand(f"{address}/a-{{0..2}}.tar")
+        found = localize(urls, tmp_path / "cache")
+        for url, error in (("missing.tar", "404"), ("cut.tar", "990 bytes are missing")):
+            with pytest.raises(UserError, match=f"{url}.*{error}"):
+                localize([f"{address}/{url}"], tmp_path / "cache")
+        server.shutdown()
+    assert [path.rpartition("/")[2] for path in found] == ["a-0.tar", "a-1.tar", "a-2.tar"]
+    assert localize(urls, tmp_path / "cache") == found  # nobody answers any more
+    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 3

@@ -1,0 +1,50 @@
+"""Every YAML of conf/diffusion builds the class it names, with arguments that class has."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+from carrara.diffusion.guidance import ClassifierFree
+from carrara.diffusion.parameterization import Parameterization
+from carrara.diffusion.sampler import Ancestral, Sampler
+from carrara.diffusion.schedule import NoiseSchedule
+from carrara.diffusion.time_sampling import TimeSampler
+from carrara.diffusion.weighting import LossWeighting
+
+CONF = Path(__file__).parents[2] / "conf" / "diffusion"
+GROUPS = {
+    "schedule": NoiseSchedule,
+    "parameterization": Parameterization,
+    "time_sampling": TimeSampler,
+    "weighting": LossWeighting,
+    "sampler": Sampler,
+    "guidance": ClassifierFree,
+}
+FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"))
+
+
+def test_every_group_has_a_config():
+    assert {path.parent.name for path in FILES} == set(GROUPS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_config_builds_a_part_of_its_group(path: Path):
+    config = OmegaConf.load(path)
+    part = instantiate(config)
+    assert isinstance(part, GROUPS[path.parent.name])
+    assert set(config) - {"_target_"} <= set(inspect.signature(get_class(config._target_)).parameters)
+
+
+def test_ddpm_and_ddim_are_one_class():
+    built = {
+        name: instantiate(OmegaConf.load(CONF / "sampler" / f"{name}.yaml")) for name in ("ddpm", "ddpm_large", "ddim")
+    }
+    assert {type(part) for part in built.values()} == {Ancestral}
+    assert {(part.eta, part.variance) for part in built.values()} == {
+        (1, "posterior"),
+        (1, "beta"),
+        (0, "posterior"),
+    }

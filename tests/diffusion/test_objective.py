@@ -1,0 +1,138 @@
+from typing import Any
+
+import pytest
+import torch
+
+from carrara.diffusion import parameterization, schedule
+from carrara.diffusion.objective import Objective
+from carrara.diffusion.time_sampling import LogitNormal, Uniform
+from carrara.diffusion.weighting import MinSNR, Unweighted
+
+
+def ddpm() -> Objective:
+    return Objective(schedule.Linear(), parameterization.Epsilon(), Uniform(1000), Unweighted())
+
+
+def rectified_flow() -> Objective:
+    return Objective(schedule.Flow(), parameterization.Flow(), LogitNormal(), Unweighted())
+
+
+def zero(x_t, time):
+    return torch.zeros_like(x_t)
+
+
+def test_epsilon_with_zero_terminal_snr_is_refused_by_both_names():
+    with pytest.raises(ValueError, match=r"epsilon.*Flow") as refusal:
+        Objective(schedule.Flow(), parameterization.Epsilon(), Uniform(), Unweighted())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("target", [parameterization.X0(), parameterization.V(), parameterization.Flow()])
+def test_other_targets_train_at_zero_terminal_snr(target):
+    objective = Objective(schedule.Flow(), target, Uniform(), MinSNR())
+    loss = objective.loss(zero, torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0.5, 1.0]))
+    assert loss.isfinite().all()
+
+
+def test_the_zero_predictor_scores_one_for_epsilon():
+    x0, eps, u = torch.rand(512, 1, 8, 8), torch.randn(512, 1, 8, 8), torch.rand(512)
+    assert ddpm().loss(zero, x0, eps, u).mean().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("objective", [ddpm(), rectified_flow()], ids=["ddpm", "flow"])
+def test_loss_is_the_weighted_squared_error_of_each_sample(objective: Objective):
+    x0, eps, u = torch.randn(5, 3, 4, 4), torch.randn(5, 3, 4, 4), torch.rand(5)
+    seen: dict[str, torch.Tensor] = {}
+
+    def predict(x_t, time):
+        seen.update(x_t=x_t, time=time)
+        return x_t.sin()
+
+    loss = objective.loss(predict, x0, eps, u)
+    assert loss.shape == (5,)
+    t = objective.time_sampling(u)
+    assert torch.equal(seen["time"], 1000 * t)
+    for k in range(5):
+        alpha, sigma = objective.schedule.alpha(t[k]), objective.schedule.sigma(t[k])
+        x_t = alpha * x0[k] + sigma * eps[k]
+        torch.testing.assert_close(seen["x_t"][k], x_t)
+        error = x_t.sin() - objective.parameterization.target(x0[k], eps[k], alpha, sigma)
+        torch.testing.assert_close(loss[k], error.square().mean())
+
+
+def test_weights_are_applied_per_sample():
+    plain, u = ddpm(), torch.tensor([0.01, 0.5, 0.99])
+    weighted = Objective(plain.schedule, plain.parameterization, plain.time_sampling, MinSNR(5))
+    x0, eps = torch.randn(3, 7), torch.randn(3, 7)
+    snr = plain.schedule.logsnr(plain.time_sampling(u)).exp()
+    ratio = weighted.loss(zero, x0, eps, u) / plain.loss(zero, x0, eps, u)
+    torch.testing.assert_close(ratio, snr.clamp(max=5) / snr)
+
+
+def test_nothing_is_drawn_inside():
+    x0, eps, u = torch.randn(2, 3), torch.randn(2, 3), torch.rand(2)
+    state = torch.get_rng_state()
+    first = rectified_flow().loss(zero, x0, eps, u)
+    assert torch.equal(first, rectified_flow().loss(zero, x0, eps, u))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("objective", [ddpm(), rectified_flow()], ids=["ddpm", "flow"])
+@pytest.mark.parametrize("t", [torch.tensor(0.4, dtype=torch.float64), torch.tensor([0.2, 0.4, 0.9])])
+def test_the_denoiser_of_a_perfect_network_returns_x0(objective: Objective, t: torch.Tensor):
+    x0, eps = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    shape = (-1, 1, 1, 1)
+    alpha, sigma = objective.schedule.alpha(t).reshape(shape), objective.schedule.sigma(t).reshape(shape)
+
+    def predict(x_t, time):
+        assert time.dtype == torch.float32
+        torch.testing.assert_close(time, (1000 * t).float().expand(3))
+        return objective.parameterization.target(x0, eps, alpha, sigma).float()
+
+    x0_hat = objective.denoiser(predict)(objective.add_noise(x0, eps, t), t)
+    assert x0_hat.dtype == torch.float32
+    torch.testing.assert_close(x0_hat, x0, rtol=0, atol=1e-4)
+
+
+def test_arithmetic_is_float32_under_autocast_and_with_half_precision_inputs():
+    weight = torch.randn(6, 6)
+    dtypes = []
+
+    def predict(x_t, time):
+        dtypes.append((x_t.dtype, time.dtype, (x_t @ weight).dtype))
+        return (x_t @ weight).bfloat16()
+
+    x0, eps, u = torch.randn(4, 6).bfloat16(), torch.randn(4, 6), torch.rand(4)
+    objective = rectified_flow()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective.loss(predict, x0, eps, u)
+        x0_hat = objective.denoiser(predict)(x0, torch.tensor(0.7))
+    assert loss.dtype == x0_hat.dtype == torch.float32
+    assert dtypes == [(torch.float32, torch.float32, torch.bfloat16)] * 2
+    of_x0 = Objective(objective.schedule, parameterization.X0(), Uniform(), Unweighted())
+    assert of_x0.denoiser(predict)(x0, torch.tensor(0.7)).dtype == torch.float32
+
+    output = (objective.add_noise(x0, eps, objective.time_sampling(u)).bfloat16() @ weight.bfloat16()).float()
+    torch.testing.assert_close(loss, (output - (eps - x0.float())).square().mean(1))
+
+
+def test_float64_stays_float64():
+    x0, eps, u = torch.randn(4, 6).double(), torch.randn(4, 6).double(), torch.rand(4).double()
+    assert ddpm().loss(zero, x0, eps, u).dtype == torch.float64
+
+
+def test_noising_and_velocity_are_those_of_diffusers():
+    from diffusers import DDPMScheduler
+
+    other: Any = DDPMScheduler(1000, 1e-4, 0.02, "linear")
+    x0, eps = torch.randn(64, 3, 4, 4), torch.randn(64, 3, 4, 4)
+    index = torch.randint(1, 1001, (64,))
+    index[:2] = torch.tensor([1, 1000])
+    t = index / 1000
+    objective = ddpm()
+    x_t = objective.add_noise(x0, eps, t)
+    alpha, sigma = (f(t)[:, None, None, None] for f in (objective.schedule.alpha, objective.schedule.sigma))
+    v = parameterization.V().target(x0, eps, alpha, sigma)
+    theirs = other.add_noise(x0, eps, index - 1), other.get_velocity(x0, eps, index - 1)
+    for a, b in zip((x_t, v), theirs):
+        assert ((a - b).norm() / b.norm()).item() < 1e-6

@@ -1,0 +1,144 @@
+import math
+
+import pytest
+import torch
+
+from carrara.diffusion.schedule import Cosine, CosineTable, Discrete, Flow, Linear, NoiseSchedule
+
+SCHEDULES = [Linear(), Cosine(), CosineTable(), Flow()]
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
+every_table = pytest.mark.parametrize("table", [Linear(), CosineTable()], ids=lambda s: type(s).__name__)
+GRID = torch.linspace(0, 1, 1001, dtype=torch.float64)
+
+
+def test_linear_ends_at_the_papers_alpha_bar():
+    alpha_bar = Linear().alpha(torch.ones((), dtype=torch.float64)).item() ** 2
+    assert alpha_bar == pytest.approx(4.04e-5, rel=2e-3)
+
+
+def test_stepwise_and_one_shot_forward_processes_agree():
+    n, index, x0 = 200_000, 300, 1.5
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist()
+    stepwise = torch.full((n,), x0)
+    for beta in betas[:index]:
+        stepwise = math.sqrt(1 - beta) * stepwise + math.sqrt(beta) * torch.randn(n)
+    t = torch.tensor(index / 1000)
+    schedule = Linear()
+    one_shot = schedule.alpha(t) * x0 + schedule.sigma(t) * torch.randn(n)
+    assert stepwise.mean().item() == pytest.approx(one_shot.mean().item(), rel=0.01)
+    assert stepwise.var().item() == pytest.approx(one_shot.var().item(), rel=0.01)
+
+
+@every_schedule
+def test_snr_strictly_falls(schedule: NoiseSchedule):
+    logsnr = schedule.logsnr(GRID)
+    assert (logsnr.diff() < 0).all()
+    assert logsnr[0] == torch.inf
+
+
+@every_schedule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions_agree_with_each_other_and_keep_shape_and_dtype(schedule: NoiseSchedule, dtype: torch.dtype):
+    t = GRID[1:-1].reshape(27, 37).to(dtype)
+    alpha, sigma, logsnr = schedule.alpha(t), schedule.sigma(t), schedule.logsnr(t)
+    for value in (alpha, sigma, logsnr, schedule.c_noise(t), schedule.t_from_logsnr(logsnr)):
+        assert value.shape == t.shape
+        assert value.dtype == dtype
+    tolerance = 1e-11 if dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(logsnr, 2 * (alpha / sigma).log(), rtol=tolerance, atol=tolerance)
+    total = alpha**2 + sigma**2
+    assert torch.allclose(total, torch.ones_like(total), atol=tolerance) == schedule.variance_preserving
+
+
+@every_schedule
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.float64, 1e-12)])
+def test_t_from_logsnr_is_the_inverse(schedule: NoiseSchedule, dtype: torch.dtype, tolerance: float):
+    between = torch.linspace(0.0013, 0.9987, 777, dtype=dtype)  # not on a table's indices
+    near_one = torch.tensor([0.9996, 0.9999, 1], dtype=dtype)  # beyond the cosine's clip
+    for t in (between, near_one):
+        torch.testing.assert_close(schedule.t_from_logsnr(schedule.logsnr(t)), t, rtol=0, atol=tolerance)
+
+
+@every_schedule
+def test_ends(schedule: NoiseSchedule):
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    assert schedule.alpha(zero) == 1
+    assert schedule.sigma(zero) == 0
+    assert (schedule.alpha(one) == 0) == schedule.terminal_snr_is_zero
+    assert schedule.prior_scale == pytest.approx(1, abs=3e-5)
+    assert schedule.c_noise(one) == 1000
+    infinite = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
+    assert schedule.t_from_logsnr(infinite).tolist() == pytest.approx([0, 1], abs=1e-12)
+
+
+@every_schedule
+def test_float32_keeps_its_precision_where_there_is_hardly_any_noise_or_picture(schedule: NoiseSchedule):
+    t = torch.tensor([1e-5, 1e-3, 0.25, 0.75, 0.9985])
+    for function in (schedule.alpha, schedule.sigma):
+        torch.testing.assert_close(function(t).double(), function(t.double()), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("num_steps", [10, 1000, 4000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_table_is_exact_at_its_indices(num_steps: int, dtype: torch.dtype):
+    betas = torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64)
+    index = torch.arange(1, num_steps + 1)
+    alpha = Discrete(betas).alpha(index.to(dtype) / num_steps)
+    expected = (1 - betas).cumprod(0).sqrt().to(dtype)
+    torch.testing.assert_close(alpha, expected, rtol=1.2e-7 if dtype == torch.float32 else 1e-13, atol=0)
+
+
+def test_between_indices_log_alpha_bar_is_linear():
+    table = Discrete([0.1, 0.2])
+    middle = table.alpha(torch.tensor([0.25, 0.75], dtype=torch.float64)) ** 2
+    assert middle.tolist() == pytest.approx([math.sqrt(0.9), 0.9 * math.sqrt(0.8)], rel=1e-12)
+
+
+@every_table
+def test_steps_over_a_table_visit_its_indices(table: Discrete):
+    assert torch.equal(table.times(1000), torch.arange(1000, -1, -1, dtype=torch.float64) / 1000)
+    times = table.times(30) * 1000
+    assert torch.equal(times, times.round())
+    assert times[0] == 1000
+    assert times[-1] == 0
+    with pytest.raises(ValueError, match="1001, but the schedule's table has 1000"):
+        table.times(1001)
+
+
+@pytest.mark.parametrize("betas", [[], [0.0, 0.1], [0.1, 1.1], [[0.1]], [math.nan]])
+def test_a_table_of_anything_but_betas_is_refused(betas: list):
+    with pytest.raises(ValueError, match="betas must be"):
+        Discrete(betas)
+
+
+def test_num_steps_must_be_positive():
+    with pytest.raises(ValueError, match="at least one step"):
+        Flow().times(0)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), CosineTable()], ids=["continuous", "table"])
+def test_cosine_is_the_papers_curve(schedule: NoiseSchedule):
+    def f(t):
+        return torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    t = GRID[:-1]
+    expected = f(t) / f(torch.zeros(()).double())
+    torch.testing.assert_close(schedule.alpha(t) ** 2, expected, rtol=1e-8, atol=0)
+
+
+def test_cosine_is_clipped_at_the_rate_of_the_papers_largest_beta():
+    t = torch.linspace(0.99, 1, 10_001, dtype=torch.float64)
+    rate = -2 * Cosine().alpha(t).log().diff() / t.diff()
+    assert (rate.diff() > -1e-3).all()  # never falls: the curve and its clip meet without a kink
+    assert rate[-1].item() == pytest.approx(-1000 * math.log(1 - 0.999), rel=1e-6)
+    last = 1 - (CosineTable().alpha(GRID[-1]) / CosineTable().alpha(GRID[-2])) ** 2
+    assert last.item() == pytest.approx(0.999, abs=1e-9)
+
+
+def test_levels_are_the_schedules_values():
+    levels = Flow().levels(torch.tensor([1, 0.25, 0]))
+    assert [(level.alpha, level.sigma) for level in levels] == [(0, 1), (0.75, 0.25), (1, 0)]
+    assert levels[0].logsnr == -math.inf
+    assert levels[1].logsnr == pytest.approx(2 * math.log(3))
+    assert levels[2].logsnr == math.inf
+    assert levels[1].t.dtype == torch.float64

@@ -1,0 +1,44 @@
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from carrara.metric.fingerprint import ScoreFingerprint, few_images_warning, score_fingerprint
+
+FIELDS = ScoreFingerprint(
+    extractor="f58c",
+    num_real=1000,
+    num_generated=1000,
+    resize="inside",
+    sampler="heun",
+    num_steps=18,
+    guidance_scale=7,
+    ema=True,
+    seed=0,
+)
+
+
+def test_is_the_same_in_every_process_and_version():
+    digest, values = score_fingerprint(FIELDS)
+    assert digest == "3d5d48e1f7bb"
+    assert values == {**vars(FIELDS), "guidance_scale": 7.0}
+    assert score_fingerprint(replace(FIELDS, guidance_scale=7.0))[0] == digest
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ScoreFingerprint)])
+def test_every_field_counts(name):
+    other: Any = "other" if isinstance(getattr(FIELDS, name), str) else 3
+    assert score_fingerprint(replace(FIELDS, **{name: other}))[0] != score_fingerprint(FIELDS)[0]
+
+
+def test_a_folder_of_images_has_no_sampler():
+    folder = replace(FIELDS, sampler=None, num_steps=None, guidance_scale=None, ema=None, seed=None)
+    assert score_fingerprint(folder)[1]["sampler"] is None
+
+
+def test_few_images_are_warned_of():
+    warning = few_images_warning("val/fid_inception", 500)
+    assert warning is not None
+    assert "val/fid_inception" in warning
+    assert "500" in warning
+    assert few_images_warning("val/fid_inception", 10_000) is None

@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from carrara.network import layers
+from carrara.network.layers import Attention, Downsample, ResidualBlock, Upsample, attend, sinusoidal_embedding
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention in float64, written out."""
+    scores = torch.einsum("bhnd,bhld->bhnl", q.double(), k.double()) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v.double()
+
+
+def tensors(n: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(2, 3, n, 16), torch.randn(2, 3, length, 16), torch.randn(2, 3, length, 16)
+    return q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_(), v.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.bfloat16, 200)])
+def test_attention_is_softmax_of_scaled_products(dtype, n, masked):
+    q, k, v = tensors(n, 7, dtype)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]]).bool()[:, None, None] if masked else None
+    wanted = reference(q, k, v, mask)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(attend(q, k, v, mask).double(), wanted, atol=tolerance, rtol=tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v, mask).double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+def test_the_path_of_short_sequences_has_the_gradients_of_the_fused_one(monkeypatch):
+    q, k, v = tensors(16, 7, torch.bfloat16)
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]]).bool()[:, None, None]
+    weight = torch.randn(2, 3, 16, 16)
+    fused = torch.autograd.grad((F.scaled_dot_product_attention(q, k, v, mask) * weight).sum(), [q, k, v])
+    monkeypatch.delattr(F, "scaled_dot_product_attention")  # so that the other path is the one taken
+    explicit = torch.autograd.grad((attend(q, k, v, mask) * weight).sum(), [q, k, v])
+    for a, b in zip(explicit, fused, strict=True):
+        torch.testing.assert_close(a, b, atol=0.06, rtol=0.06)
+
+
+def test_the_heads_of_attention_look_at_their_own_features():
+    attention = Attention(8, heads=2, context_width=6)
+    x, context = torch.randn(1, 5, 8), torch.randn(1, 3, 6)
+    wanted = attention(x, context)
+    with torch.no_grad():
+        attention.query.weight[4:] = 0  # the second head attends evenly
+    changed = attention(x, context)
+    assert not torch.allclose(changed, wanted)
+    with torch.no_grad():
+        attention.out.weight[:, 4:] = 0  # and is not heard: the first head is as it was
+    q, k, v = attention.query(x)[..., :4], attention.key(context)[..., :4], attention.value(context)[..., :4]
+    first = (q @ k.transpose(1, 2) / 2).softmax(-1) @ v
+    expected = first @ attention.out.weight[:, :4].T + attention.out.bias
+    torch.testing.assert_close(attention(x, context), expected)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="3 heads do not divide a width of 8"):
+        Attention(8, heads=3)
+
+
+def test_time_embedding_is_that_of_the_paper():
+    time = torch.tensor([0.0, 250.5, 1000.0])
+    embedding = sinusoidal_embedding(time, 6)
+    frequencies = [1.0, 10_000 ** (-1 / 3), 10_000 ** (-2 / 3)]
+    for row, t in zip(embedding, time.tolist(), strict=True):
+        wanted = [math.cos(t * f) for f in frequencies] + [math.sin(t * f) for f in frequencies]
+        assert row.tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 48, 320])
+def test_groups_divide_the_channels(channels):
+    groups = layers.norm_groups(channels)
+    assert channels % groups == 0 and groups <= 32
+    assert groups <= channels / 2 or channels == 1  # a norm of one channel takes out what is added to all its pixels
+    assert layers.norm_groups(320) == 32  # as in Stable Diffusion
+
+
+def test_a_residual_block_is_the_identity_once_its_last_convolution_is_zero():
+    block = ResidualBlock(8, 8, embedding_width=4)
+    layers.zero_(block.conv2)
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(block(x, torch.randn(2, 4)), x)
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_the_embedding_reaches_a_residual_block(width):
+    block = ResidualBlock(8, width, embedding_width=4)
+    x = torch.randn(2, 8, 4, 4)
+    a, b = block(x, torch.zeros(2, 4)), block(x, torch.ones(2, 4))
+    assert a.shape == (2, width, 4, 4)
+    assert (a - b).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 1, 0, 1)])
+def test_the_resolution_is_halved_and_doubled(padding):
+    x = torch.randn(1, 4, 8, 8)
+    assert Downsample(4, padding)(x).shape == (1, 4, 4, 4)
+    assert Upsample(4)(x).shape == (1, 4, 16, 16)

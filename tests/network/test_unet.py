@@ -1,0 +1,146 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from carrara.network.conditioning import Conditioning
+from carrara.network.unet import SpatialTransformer, Stage, UNet
+from tests.tiny import awake, unet
+
+SIZES = Path(__file__).parents[2] / "conf" / "size"
+STABLE_DIFFUSION_1 = 859_520_964  # parameters of the published U-Net
+POOLED = 768 * 1280 + 1280
+
+
+def conditioning(batch: int = 2, length: int = 3, width: int = 8) -> Conditioning:
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    return Conditioning(torch.randn(batch, length, width), mask, torch.randn(batch, width))
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor]:
+    return torch.randn(batch, 3, 8, 8), torch.linspace(10, 900, batch)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def of_size(name: str, **changes: Any) -> UNet:
+    size = yaml.safe_load((SIZES / f"{name}.yaml").read_text())
+    network, width = size["latent_unet"], size["conditioner"]["width"]
+    keys = ("channels", "attention", "num_blocks", "depth", "heads")
+    settings: dict[str, Any] = {
+        "in_channels": 4,
+        "resolution": size["resolution"] // size["autoencoder"]["downsampling"],
+        "context_width": width,
+        "pooled_width": width,
+        "learned_positions": size["learned_positions"],
+        **{key: network[key] for key in keys},
+    }
+    with torch.device("meta"):
+        return UNet(**settings | changes)
+
+
+def test_the_base_size_is_stable_diffusion_1():
+    assert count(of_size("base", pooled_width=0)) == STABLE_DIFFUSION_1
+    assert count(of_size("base")) == STABLE_DIFFUSION_1 + POOLED
+
+
+def test_it_begins_as_the_zero_predictor():
+    assert not unet()(*inputs(), conditioning()).any()
+
+
+def test_it_gives_the_shape_of_its_input():
+    model = awake(unet(channels=[8, 8, 16], attention=[False, True, False], num_blocks=2, learned_positions=False))
+    x = torch.randn(2, 3, 16, 8)  # not square, not that of training
+    assert model(x, torch.tensor([1.0, 2.0]), conditioning()).shape == x.shape
+
+
+def test_everything_it_is_told_changes_its_answer():
+    model = awake(unet())
+    (x, time), text = inputs(), conditioning()
+    answer = model(x, time, text)
+    variants = [
+        (x + 0.1, time, text),
+        (x, time + 100, text),
+        (x, time, Conditioning(text.tokens + 1, text.mask, text.pooled)),
+        (x, time, Conditioning(text.tokens, text.mask, text.pooled + 1)),
+    ]
+    for variant in variants:
+        assert (model(*variant) - answer).abs().max() > 1e-4
+
+
+def test_padding_tokens_change_nothing():
+    model = awake(unet())
+    (x, time), text = inputs(), conditioning(length=3)
+    answer = model(x, time, text)
+    tokens = torch.cat([text.tokens, 100 * torch.randn(2, 4, 8)], dim=1)
+    mask = torch.cat([text.mask, torch.zeros(2, 4, dtype=torch.bool)], dim=1)
+    padded = model(x, time, Conditioning(tokens, mask, text.pooled))
+    torch.testing.assert_close(padded, answer, atol=1e-6, rtol=0)
+
+
+def test_samples_do_not_mix():
+    model = awake(unet())
+    (x, time), text = inputs(3), conditioning(3)
+    together = model(x, time, text)
+    for k in range(3):
+        rows = slice(k, k + 1)
+        alone = model(x[rows], time[rows], Conditioning(text.tokens[rows], text.mask[rows], text.pooled[rows]))
+        torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_learned_positions_tell_pixels_apart():
+    """Attention alone does not: whatever order the pixels are in, each gets the same answer."""
+    x, text = torch.randn(1, 8, 4, 4), conditioning(1)
+
+    def error(positions: tuple[int, int] | None) -> float:
+        model = awake(SpatialTransformer(8, heads=2, context_width=8, depth=1, positions=positions))
+        with torch.no_grad():
+            a = model(x, text.tokens, text.mask).flip(2)
+            return float((a - model(x.flip(2), text.tokens, text.mask)).abs().max())
+
+    assert error(None) < 1e-5 < 1e-3 < error((4, 4))
+
+
+def test_checkpointing_recomputes_and_gives_the_same_gradients():
+    (x, time), text = inputs(), conditioning()
+    calls, gradients = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = awake(unet(checkpointing=checkpointing)).train()
+        counted: list[int] = []
+        for stage in model.modules():
+            if isinstance(stage, Stage):
+                stage.residual.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        model(x, time, text).square().sum().backward()
+        calls.append(len(counted))
+        gradients.append([p.grad for p in model.parameters()])
+    assert calls[1] == 2 * calls[0]
+    for a, b in zip(*gradients, strict=True):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a, b)
+
+
+def test_every_parameter_is_trained():
+    model = awake(unet())
+    (x, time), text = inputs(), conditioning()
+    model(x, time, text).square().sum().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not idle
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": [True]}, "network.channels has 2 levels, network.attention 1"),
+        ({"resolution": 7}, "a resolution of 7 cannot be halved 1 times"),
+        ({"heads": 3}, "3 heads do not divide"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        unet(**changes)

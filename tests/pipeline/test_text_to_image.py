@@ -1,0 +1,182 @@
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from carrara.autoencoder.identity import Identity
+from carrara.conditioner.text import Unconditional
+from carrara.diffusion.guidance import ClassifierFree
+from carrara.diffusion.objective import Objective
+from carrara.diffusion.sampler import Ancestral, DPMSolverPP2M, Euler, Heun, Sampler
+from carrara.network.conditioning import Conditioning
+from carrara.pipeline.text_to_image import TextToImage, Watch
+from tests.tiny import CAPTIONS, awake, diffusion_model, epsilon_objective, kl, text
+
+OFF = ClassifierFree(1.0)
+
+
+def pipeline(**changes: Any) -> TextToImage:
+    torch.manual_seed(0)
+    model = diffusion_model(**changes).eval()
+    awake(model.predictor)
+    return TextToImage.of(model, 8)
+
+
+def pictures(made: TextToImage, indices: list[int], sampler: Sampler | None = None, **changes: Any) -> Tensor:
+    settings: dict[str, Any] = {"seed": 0, "guidance": ClassifierFree(2.0), "num_steps": 4} | changes
+    captions = [CAPTIONS[k % len(CAPTIONS)] for k in indices]
+    return made(captions, indices, sampler=sampler or Ancestral(), **settings)
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(), Ancestral(variance="beta"), Euler(), Heun(), DPMSolverPP2M()])
+def test_a_picture_is_the_same_at_any_batch_size(sampler):
+    made = pipeline()
+    whole = pictures(made, list(range(8)), sampler)
+    ones = torch.cat([pictures(made, [k], sampler) for k in range(8)])
+    threes = torch.cat([pictures(made, list(range(k, min(k + 3, 8))), sampler) for k in range(0, 8, 3)])
+    torch.testing.assert_close(ones, whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(threes, whole, atol=1e-4, rtol=0)
+    assert whole.shape == (8, 3, 8, 8) and whole.abs().max() <= 1
+
+
+def test_a_seed_is_a_picture():
+    made = pipeline()
+    first = pictures(made, [0, 1])
+    torch.manual_seed(99)
+    assert torch.equal(pictures(made, [0, 1]), first)
+    assert not torch.allclose(pictures(made, [0, 1], seed=1), first, atol=0.01)
+    assert not torch.allclose(pictures(made, [16, 17]), first, atol=0.01)  # the same captions, other numbers
+
+
+def test_the_global_generator_is_left_alone():
+    made = pipeline()
+    before = torch.get_rng_state()
+    pictures(made, [0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Calls(nn.Module):
+    """Counts the samples of each call of a network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.sizes, self.texts = network, [], []  # type: ignore[var-annotated]
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        self.sizes.append(len(x))
+        self.texts.append(conditioning)
+        return self.network(x, time, conditioning)
+
+
+def counted(made: TextToImage) -> Calls:
+    made.network = Calls(made.network)
+    return made.network
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(), Euler(), DPMSolverPP2M()])
+def test_the_network_is_called_once_a_step_and_guidance_doubles_the_batch(sampler):
+    for guidance, size in ((OFF, 3), (ClassifierFree(2.0), 6)):
+        calls = counted(made := pipeline())
+        pictures(made, [0, 1, 2], sampler, guidance=guidance, num_steps=5)
+        assert calls.sizes == [size] * 5
+
+
+def test_scale_one_is_the_conditional_picture_alone():
+    """Also the limit of guidance: both halves, of which the unconditional one cancels."""
+    made = pipeline()
+    alone = pictures(made, [0, 1], guidance=OFF)
+    torch.testing.assert_close(pictures(made, [0, 1], guidance=ClassifierFree(1 + 1e-6)), alone, atol=1e-4, rtol=0)
+    assert not torch.allclose(pictures(made, [0, 1], guidance=ClassifierFree(4.0)), alone, atol=1e-3)
+
+
+def test_scale_zero_is_the_picture_of_the_empty_caption():
+    made = pipeline()
+    empty = made(["", ""], [0, 1], 0, Ancestral(), OFF, 4)
+    torch.testing.assert_close(pictures(made, [0, 1], guidance=ClassifierFree(0.0)), empty, atol=1e-4, rtol=0)
+
+
+def test_the_caption_changes_the_picture():
+    made = pipeline()
+    a, b = (made([c], [0], 0, Euler(), OFF, 4) for c in ("a big red disc", "a small blue cube"))
+    assert (a - b).abs().max() > 1e-3
+
+
+def test_latents_are_decoded_once(monkeypatch):
+    made = pipeline(autoencoder=kl(downsampling=4))
+    decoded = []
+    decode = made.autoencoder.decode
+
+    def watched(z: Tensor) -> Tensor:
+        decoded.append(tuple(z.shape))
+        return decode(z)
+
+    monkeypatch.setattr(made.autoencoder, "decode", watched)
+    assert pictures(made, [0, 1]).shape == (2, 3, 8, 8)
+    assert decoded == [(2, 4, 2, 2)]
+
+
+def test_it_makes_pictures_without_captions():
+    made = pipeline(conditioner=Unconditional(8))
+    one = made(["", ""], [0, 1], 0, Euler(), OFF, 3)
+    assert torch.equal(one, made(["what", "ever"], [0, 1], 0, Euler(), OFF, 3))
+
+
+def test_no_gradient_is_kept():
+    assert not pictures(pipeline(), [0]).requires_grad
+
+
+# --- the intermediate results ---
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_frames", "kept"),
+    [
+        (10, 5, [1, 3, 5, 7, 9]),
+        (10, 10, list(range(10))),
+        (10, 1, [9]),
+        (12, 10, None),
+        (5, 10, [0, 1, 2, 3, 4]),
+        (1, 10, [0]),
+        (30, 7, None),
+    ],
+)
+def test_frames_are_spread_evenly_and_the_last_step_is_among_them(num_steps, num_frames, kept):
+    made = pipeline()
+    watch = Watch(made, num_steps, num_frames, num_samples=1)
+    last = pictures(made, [0, 1], Euler(), num_steps=num_steps, on_step=watch)
+    assert len(watch.frames) == len(watch.estimates) == len(watch.times) == min(num_frames, num_steps)
+    assert torch.equal(watch.frames[-1], last[:1]) and watch.times[-1] == 0
+    gaps = [b - a for a, b in zip([-1, *sorted(watch.kept)], sorted(watch.kept), strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+    assert kept is None or sorted(watch.kept) == kept
+
+
+class Gray(nn.Module):
+    """The exact noise predictor of pictures of one level everywhere, which is N(0.2, 0.3²); captions say nothing."""
+
+    def __init__(self, steps: Objective) -> None:
+        super().__init__()
+        self.steps, self.weight = steps, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        t = time / 1000
+        alpha, sigma = (f(t)[:, None, None, None] for f in (self.steps.schedule.alpha, self.steps.schedule.sigma))
+        pixels = x[0].numel() / sigma**2
+        precision = 1 / 0.3**2 + alpha**2 * pixels
+        level = (0.2 / 0.3**2 + alpha * pixels * x.mean((1, 2, 3), keepdim=True)) / precision
+        return (x - alpha * level) / sigma
+
+
+@pytest.mark.parametrize("sampler", [Euler(), DPMSolverPP2M(), Ancestral()])
+def test_estimates_come_nearer_to_the_picture_step_by_step(sampler):
+    steps = epsilon_objective()
+    made = TextToImage(Gray(steps), text(), Identity(), steps, 8)
+    watch = Watch(made, 40, 10, num_samples=64)
+    final = made([""] * 64, range(64), 0, sampler, OFF, 40, watch)
+    errors = [float((estimate - final).square().mean()) for estimate in watch.estimates]
+    assert stats.spearmanr(range(10), errors).statistic <= -0.9
+    assert errors[0] > 0.05 > 1e-4 > errors[-1]
+    levels = final.mean((1, 2, 3))
+    assert float(levels.mean()) == pytest.approx(0.2, abs=0.1) and float(levels.std()) == pytest.approx(0.3, abs=0.08)

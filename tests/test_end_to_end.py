@@ -1,0 +1,256 @@
+"""The four commands as a user types them, on tiny settings, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "data.make.num_train=64",
+    "data.make.num_val=16",
+    "data.make.num_val_seen=8",
+    "size.autoencoder.channels=[16,16]",
+    "size.autoencoder.max_steps=2",
+    "size.autoencoder.batch_size=8",
+    "size.evaluator.image_width=16",
+    "size.evaluator.text_width=16",
+    "size.evaluator.embedding_width=16",
+    "size.evaluator.max_steps=2",
+    "size.evaluator.batch_size=8",
+    "size.conditioner.width=16",
+    "size.latent_unet.channels=[16,16]",
+    "size.latent_unet.batch_size=8",
+    "size.latent_unet.max_steps=4",
+    "size.evaluation.num_images=8",
+    "size.evaluation.batch_size=4",
+    "size.evaluation.num_steps=2",
+    "logger.wandb.mode=disabled",
+]
+
+
+def run(command: str, *arguments: str, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / command), *arguments], cwd=cwd, text=True, capture_output=True, timeout=timeout
+    )
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def last(folder: Path, name: str) -> float:
+    return next(row[name] for row in reversed(rows(folder)) if name in row)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A working directory in which a tiny latent U-Net and its parts have been trained; and the run's folder."""
+    cwd = tmp_path_factory.mktemp("work")
+    done = run("train.py", *TINY, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (cwd / "runs" / "latent_unet-shapes").iterdir()
+    return cwd, folder
+
+
+def test_bare_training_makes_parts_scores_and_a_report(workplace: tuple[Path, Path]) -> None:
+    cwd, folder = workplace
+    parts = sorted(p.name.split("-")[0] for p in (cwd / "runs" / "components").iterdir())
+    assert parts == ["autoencoder", "evaluator"]
+    for name in ("fd_evaluator", "kd_evaluator", "clip_score", "r_precision", "prompt_accuracy/all", "loss"):
+        assert last(folder, f"val/{name}") == last(folder, f"val/{name}")  # there, and not NaN
+        assert f"val_seen/{name}" in {key for row in rows(folder) for key in row}
+    assert (folder / "report.html").is_file()
+    assert (folder / "samples" / "strip.png").is_file()
+    assert json.loads((folder / "component" / "card.json").read_text())["kind"] == "noise_predictor"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["fingerprint"]["num_generated"] == 8
+    assert scores["warnings"]  # 8 images are few
+
+
+def test_parts_are_trained_once(workplace: tuple[Path, Path]) -> None:
+    cwd, _ = workplace
+    before = {p: p.stat().st_mtime_ns for p in (cwd / "runs" / "components").rglob("weights.safetensors")}
+    done = run("train.py", *TINY, "seed=5", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in (cwd / "runs" / "components").rglob("weights.safetensors")} == before
+
+
+def test_generate_writes_pictures_grid_and_strip(workplace: tuple[Path, Path]) -> None:
+    cwd, folder = workplace
+    prompt = "a large red circle, 'quoted' {braces} [brackets] = on black"
+    out = cwd / "pictures"
+    done = run(
+        "generate.py", f"run={folder}", f"prompt={prompt}", "count=3", "sampler=heun", "num_steps=3",
+        f"out={out}", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in out.glob("0*.png")) == ["0000.png", "0001.png", "0002.png"]
+    assert (out / "0000.txt").read_text().strip() == prompt
+    assert Image.open(out / "grid.png").size == (96, 32)
+    assert (out / "strip.png").is_file()
+
+
+def test_evaluate_run_repeats_the_runs_scores_on_one_and_two_ranks(workplace: tuple[Path, Path]) -> None:
+    cwd, folder = workplace
+    scores = []
+    for devices in (1, 2):
+        done = run(
+            "evaluate.py", f"run={folder}", f"trainer.devices={devices}", "trainer.accelerator=cpu",
+            "trainer.precision=32-true", "batch_size=4", f"out={cwd / f'eval{devices}'}", cwd=cwd,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        scores.append(json.loads((cwd / f"eval{devices}" / "scores.json").read_text()))
+    assert scores[0]["hash"] == scores[1]["hash"]
+    for name, value in scores[0]["scores"].items():
+        assert scores[1]["scores"][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_evaluate_folder_of_pictures(workplace: tuple[Path, Path]) -> None:
+    cwd, folder = workplace
+    out = cwd / "to_score"
+    assert (
+        run("generate.py", f"run={folder}", "prompt=[a red circle,a blue square]", f"out={out}", cwd=cwd).returncode
+        == 0
+    )
+    (part,) = (cwd / "runs" / "components").glob("evaluator-*")
+    data = [a for a in TINY if a.startswith("data.")]
+    done = run("evaluate.py", f"images={out}", f"part.evaluator={part}", "trainer.accelerator=cpu", *data, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "fd_evaluator" in done.stdout and "fingerprint" in done.stdout
+
+
+def test_two_ranks_make_one_run_and_agree(workplace: tuple[Path, Path]) -> None:
+    """d: disjoint samples, one folder, and with SGD the same weights as one rank with the same global batch."""
+    cwd, _ = workplace
+    weights = []
+    for devices in (1, 2):
+        runs = f"runs_dir=sgd{devices}"
+        (part,) = (cwd / "runs" / "components").glob("autoencoder-*")
+        (judge,) = (cwd / "runs" / "components").glob("evaluator-*")
+        done = run(
+            "train.py", *TINY, "model/optimizer=sgd", f"trainer.devices={devices}", runs, "trainer.max_steps=3",
+            "trainer.learning_rate=0.01", f"part.autoencoder={part}", f"part.evaluator={judge}", cwd=cwd,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (folder,) = (cwd / f"sgd{devices}" / "latent_unet-shapes").iterdir()
+        assert len(list((folder / "checkpoints").glob("*.ckpt"))) <= 2
+        weights.append(load_file(folder / "component" / "weights.safetensors"))
+    moved = 0.0
+    for name, value in weights[0].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5)
+            moved += float(value.abs().sum())
+    assert moved > 0
+
+
+def test_killed_run_goes_on_in_its_folder(workplace: tuple[Path, Path], tmp_path: Path) -> None:
+    """i: killed −9 after a checkpoint, resumed in the same folder, with the log cut back and no step twice."""
+    cwd, _ = workplace
+    command = [
+        sys.executable, str(ROOT / "train.py"), *TINY, f"runs_dir={tmp_path}/runs", "model=autoencoder",
+        "trainer.max_steps=400", "trainer.epoch_samples=16", "trainer.log_steps=1",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=cwd, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        found: list[Path] = []
+        for _ in range(600):
+            found = list(tmp_path.glob("runs/autoencoder-shapes/*/checkpoints/*.ckpt"))
+            if found:
+                break
+            time.sleep(0.2)
+        assert found, "no checkpoint within two minutes"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    folder = found[0].parents[1]
+    step = max(int(p.stem.split("=")[1]) for p in folder.glob("checkpoints/*.ckpt"))
+    done = run("train.py", f"resume={folder}", f"trainer.max_steps={step + 4}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    steps = [row["step"] for row in rows(folder) if "train/loss" in row]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 4
+    assert (folder / "component" / "card.json").is_file()
+
+
+def test_sweep_makes_one_run_each(workplace: tuple[Path, Path]) -> None:
+    """e: four runs, each trained once, the parts trained once for all."""
+    cwd, _ = workplace
+    done = run("train.py", "-m", "seed=1,2", "diffusion/schedule=cosine,flow", *TINY, cwd=cwd, timeout=500)
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (cwd / "runs" / "sweeps").iterdir()
+    folders = sorted(p for p in sweep.iterdir() if p.is_dir())
+    assert [p.name for p in folders] == ["0", "1", "2", "3"]
+    configs = [yaml.safe_load((p / "config.yaml").read_text()) for p in folders]
+    assert {(c["seed"], c["diffusion"]["schedule"]["_target_"].split(".")[-1]) for c in configs} == {
+        (1, "Cosine"), (1, "Flow"), (2, "Cosine"), (2, "Flow"),
+    }  # fmt: skip
+    assert all((p / "component" / "card.json").is_file() for p in folders)
+    assert len(list((cwd / "runs" / "components").glob("autoencoder-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["modle=x"], "model"),
+        (["trainer.devces=2"], "trainer.devices"),
+        (["+typo=1"], "typo"),
+        (["data=laion", "data.urls=nowhere/{000..003}.tar"], "nowhere"),
+        (["model=latent_unt"], "latent_unet"),
+        (["trainer.batch_size=7", "trainer.devices=2"], "trainer.batch_size"),
+        (["diffusion/parameterization=epsilon"], "epsilon"),
+    ],
+)
+def test_mistakes_get_one_clear_line(arguments: list[str], says: str, tmp_path: Path) -> None:
+    done = run("train.py", "trainer.accelerator=cpu", *arguments, cwd=tmp_path)
+    assert done.returncode not in (0, 1)
+    assert "Traceback" not in done.stderr
+    assert says in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_sigterm_ends_a_run_with_143_and_no_traceback(workplace: tuple[Path, Path], tmp_path: Path) -> None:
+    cwd, _ = workplace
+    command = [
+        sys.executable, str(ROOT / "train.py"), *TINY, f"runs_dir={tmp_path}/runs", "model=autoencoder",
+        "trainer.max_steps=2000", "trainer.log_steps=1",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        for _ in range(600):
+            if any(p.read_text() for p in tmp_path.glob("runs/autoencoder-shapes/*/metrics.jsonl")):
+                break
+            time.sleep(0.2)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+
+
+def test_a_shard_that_is_no_tar_and_one_without_captions_are_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.tar").write_text("<html>not found</html>")
+    done = run("train.py", "data=laion", "size=demo", "data.urls=bad.tar", "trainer.accelerator=cpu", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "bad.tar" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_part_of_the_wrong_width_is_named(workplace: tuple[Path, Path]) -> None:
+    cwd, _ = workplace
+    (part,) = (cwd / "runs" / "components").glob("autoencoder-*")
+    done = run("train.py", *TINY, f"part.autoencoder={part}", "autoencoder.latent_channels=8", cwd=cwd)
+    assert done.returncode == 2
+    assert "latent_channels" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,73 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from carrara.command import train
+from carrara.config import build, compose
+from carrara.plan import meta_modules, optimizer_bytes
+
+CONF = Path(__file__).parents[1] / "conf"
+FULL = ["model=latent_unet", "data=laion", "trainer.devices=8"]
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_full_size_is_planned_without_data(nowhere, capsys):
+    train.main(CONF, [*FULL, "dry_run=true"])
+    plan = capsys.readouterr().out
+    assert "latent_unet on laion, size base" in plan
+    for kind in ("autoencoder", "evaluator"):
+        assert f"part        {kind}" in plan
+    assert "1 nodes × 8 devices × 1 accumulated × 256 a micro-batch" in plan
+    assert "data        missing" in plan
+    assert "activations, which grow with the micro-batch and are not estimated" in plan
+    assert list(nowhere.glob("runs/*/*")) == []
+    assert not (nowhere / "data").exists()
+
+
+def test_the_plan_counts_what_is_trained(nowhere):
+    config = compose(CONF, "train", ["size=demo"]).config
+    modules, model = meta_modules(config)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    real = {name: build(config[name]) for name in ("network", "conditioner", "autoencoder", "evaluator")}
+    assert modules.keys() == real.keys()
+    for name, module in modules.items():
+        assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in real[name].parameters())
+        trained = name in ("network", "conditioner")
+        assert all(p.requires_grad == trained for p in module.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_optimizers_state_is_as_large_as_planned(nowhere, optimizer):
+    overrides = ["model=evaluator", "size=demo", f"model/optimizer={optimizer}"]
+    config = compose(CONF, "train", overrides).config
+    _, model = meta_modules(config)
+    real = build(config["model"], evaluator=build(config["evaluator"]))
+    stepped = real.configure_optimizers()["optimizer"]
+    for parameter in real.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stepped.step()
+    states = [value for state in stepped.state.values() for value in state.values()]
+    assert optimizer_bytes(model) == sum(v.numel() * v.element_size() for v in states if isinstance(v, torch.Tensor))
+
+
+def test_the_plan_finds_the_data_and_names_the_parts(nowhere, capsys):
+    small = ["data.make.num_train=40", "data.make.num_val=4", "data.make.num_val_seen=4", "size=demo"]
+    small += ["trainer.epoch_samples=null", "size.latent_unet.batch_size=32"]
+    build(compose(CONF, "train", small).config["data"])
+    train.main(CONF, [*small, "dry_run=true"])
+    plan = capsys.readouterr().out
+    assert "data        40 " in plan
+    assert "to be trained first in runs/components/autoencoder-" in plan
+    assert "32             images = 1 steps" in plan
+    assert not (nowhere / "runs" / "components").exists()
+    shutil.rmtree(nowhere / "data")
+    train.main(CONF, [*small, "dry_run=true"])
+    assert "they are made when training starts" in capsys.readouterr().out
+    assert not (nowhere / "data").exists()

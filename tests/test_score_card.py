@@ -1,0 +1,102 @@
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from carrara.component import save_component
+from carrara.score_card import folder_card, score_card
+from tests.tiny import clip
+
+NODE = {
+    "_target_": "carrara.evaluator.clip.CLIP",
+    "resolution": 8,
+    "patch": 4,
+    "image_width": 16,
+    "image_depth": 1,
+    "vocab_size": 300,
+    "max_length": 12,
+    "text_width": 16,
+    "text_depth": 1,
+    "heads": 2,
+    "embedding_width": 16,
+}
+SCORES = {"val/fd_evaluator": 3.0, "val/clip_score": 20.0, "val/num_images": 128.0, "val_seen/num_images": 64.0}
+
+
+@pytest.fixture
+def config(tmp_path) -> dict[str, Any]:
+    card = {"fingerprint": "f", "data": {}, "scores": {}}
+    save_component(tmp_path / "evaluator", "evaluator", NODE, clip(), card)
+    return {
+        "part": {"evaluator": str(tmp_path / "evaluator")},
+        "data": {"resolution": 32, "crop": "center"},
+        "callback": {"score": {"num_steps": 12, "seed": 0}},
+        "diffusion": {
+            "sampler": {"_target_": "carrara.diffusion.sampler.Euler"},
+            "guidance": {"_target_": "carrara.diffusion.guidance.ClassifierFree", "scale": 3.0},
+        },
+    }
+
+
+def test_the_card_says_what_the_scores_depend_on(config):
+    card = score_card(config, SCORES)
+    assert card["scores"] == SCORES and len(card["hash"]) == 12
+    assert card["num_images"] == {"val/num_images": 128, "val_seen/num_images": 64}
+    facts = card["fingerprint"]
+    assert facts["num_steps"] == 12 and facts["guidance_scale"] == 3.0 and facts["seed"] == 0 and facts["ema"]
+    assert "Euler" in facts["sampler"] and facts["num_real"] == facts["num_generated"] == 128
+    assert len(facts["extractor"]) == 64 and facts["resize"] == "32 center"
+
+
+def changed(config: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
+    other = deepcopy(config)
+    node = other
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return other
+
+
+def test_other_ways_to_sample_are_other_fingerprints(config):
+    first = score_card(config, SCORES)["hash"]
+    others = [
+        changed(config, "callback", "score", "num_steps", value=30),
+        changed(config, "callback", "score", "seed", value=1),
+        changed(config, "diffusion", "guidance", "scale", value=1.0),
+        changed(config, "diffusion", "sampler", "_target_", value="carrara.diffusion.sampler.Heun"),
+        changed(config, "diffusion", "sampler", "eta", value=0.5),
+        changed(config, "data", "resolution", value=64),
+        changed(config, "data", "crop", value="none"),
+    ]
+    hashes = [score_card(other, SCORES)["hash"] for other in others]
+    assert len({first, *hashes}) == 8
+    assert score_card(config, SCORES | {"val/num_images": 5000.0})["hash"] != first
+    assert score_card(deepcopy(config), SCORES | {"val/fd_evaluator": 1.0})["hash"] == first  # not of the values
+    assert score_card(config | {"name": "renamed"}, SCORES)["hash"] == first
+
+
+def test_another_evaluator_is_another_fingerprint(config, tmp_path):
+    card = {"fingerprint": "f", "data": {}, "scores": {}}
+    save_component(tmp_path / "other", "evaluator", NODE, clip(), card)  # other weights
+    other = changed(config, "part", "evaluator", value=str(tmp_path / "other"))
+    assert score_card(other, SCORES)["hash"] != score_card(config, SCORES)["hash"]
+
+
+def test_few_images_are_warned_of(config):
+    assert any("val/fd_evaluator is over 128 images" in line for line in score_card(config, SCORES)["warnings"])
+    many = SCORES | {"val/num_images": 20_000.0}
+    assert score_card(config, many)["warnings"] == []
+    assert score_card(config, {"val/loss": 1.0})["warnings"] == []  # no distance, nothing to warn of
+
+
+def test_a_run_that_samples_nothing_has_a_card_too():
+    config = {"data": {"resolution": 32, "crop": "center"}, "callback": {"score": {}}, "part": {}}
+    facts = score_card(config, {"val/psnr": 30.0, "val/num_images": 8.0})["fingerprint"]
+    assert facts["sampler"] is None and facts["guidance_scale"] is None and facts["extractor"] == "none"
+
+
+def test_a_folder_of_pictures_has_a_card(config):
+    card = folder_card({"fd_evaluator": 1.0}, "hash", 100, 50, 32)
+    assert card["num_images"] == {"num_real": 100, "num_generated": 50}
+    assert card["fingerprint"]["sampler"] is None and "over 50 images" in card["warnings"][0]
+    assert folder_card({"fd_evaluator": 1.0}, "hash", 100, 60, 32)["hash"] != card["hash"]
