@@ -138,6 +138,7 @@ def test_other_words_are_mistakes(arguments, message):
 def run_cli(body: str) -> subprocess.CompletedProcess[str]:
     code = f"""
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 from carrara.command_line import RunFailed, cli
 from carrara.errors import UserError
 def main(argv):

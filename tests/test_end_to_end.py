@@ -61,6 +61,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     done = run("train.py", *TINY, cwd=cwd)
     assert done.returncode == 0, done.stderr
     (folder,) = (cwd / "runs" / "latent_unet-shapes").iterdir()
+    assert done.stderr.splitlines()[-1] == f"report: {(folder / 'report.html').resolve()}"
     return cwd, folder
 
 

@@ -33,7 +33,7 @@ from carrara.report import write_report
 from carrara.run_folder import load_config
 from carrara.score_card import score_card
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("carrara.worker")  # by name: this module runs as __main__
 
 _VOCABULARY_CAPTIONS = 1_000_000  # more add nothing to a vocabulary
 _MEASURED_IMAGES = 4096  # for the latents' mean and standard deviation
@@ -94,7 +94,7 @@ def run(folder: Path) -> None:
     trainer.fit(model, loader, ckpt_path=checkpoint, weights_only=True)
     loader.close()
     if trainer.is_global_zero:
-        _log.info("report: %s", write_report(folder))
+        _log.info("report: %s", write_report(folder).resolve())
 
 
 def _callbacks(
