@@ -14,6 +14,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from carrara.launch import launch
+from carrara.run_folder import load_config, save_config
+
 ROOT = Path(__file__).parents[1]
 TINY = [
     "trainer.accelerator=cpu",
@@ -155,6 +158,27 @@ def test_two_ranks_make_one_run_and_agree(workplace: tuple[Path, Path]) -> None:
             torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5)
             moved += float(value.abs().sum())
     assert moved > 0
+
+
+def test_ranks_hold_the_same_weights_with_the_shipped_optimizer(
+    workplace: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """d: after 20 steps of Muon on two ranks the weights are bitwise equal."""
+    cwd, folder = workplace
+    config = load_config(folder)
+    config["trainer"] |= {"devices": 2, "max_steps": 20}
+    config["model"]["max_steps"] = 20
+    save_config(tmp_path, config)
+    monkeypatch.chdir(cwd)  # where the config's relative paths begin
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "helpers"))
+    assert launch(tmp_path, 2, module="dump_weights") == 0
+    first, second = (torch.load(tmp_path / f"rank{k}.pt", weights_only=True) for k in (0, 1))
+    assert first.keys() == second.keys() and len(first) > 50
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    untrained = load_file(folder / "component" / "weights.safetensors")
+    assert any(
+        not torch.equal(first[f"predictor.{name}"], v) for name, v in untrained.items() if f"predictor.{name}" in first
+    )
 
 
 def test_killed_run_goes_on_in_its_folder(workplace: tuple[Path, Path], tmp_path: Path) -> None:
