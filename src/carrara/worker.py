@@ -80,6 +80,8 @@ def run(folder: Path) -> None:
         for line in data.report():
             _log.info("%s", line)
         _log.info("precision %s: %s", precision, reason)
+        if config["callback"]["score"].get("inception", "") is None:
+            _log.info("no val/fid_inception: no weights (callback.score.inception=…/inception-2015-12-05.pt)")
         log.cut_back(0 if checkpoint is None else checkpoint_step(checkpoint))
         if checkpoint is not None:
             _log.info("going on from %s", checkpoint)

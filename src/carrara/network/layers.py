@@ -42,7 +42,7 @@ def norm_groups(channels: int) -> int:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √d) v over the last two dimensions (B, heads, N, d); `mask`, True to attend, broadcasts.
 
-    The backward pass of torch's fused attention on the CPU is 3 to 5 times slower than these three operations for
+    The backward pass of torch's fused attention on the CPU is 3 to 6 times slower than these three operations for
     the short sequences of a small picture in bfloat16 (torch 2.13, 16 to 64 tokens), so there it is not used.
     """
     short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 128
