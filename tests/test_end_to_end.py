@@ -209,6 +209,20 @@ def test_killed_run_goes_on_in_its_folder(workplace: tuple[Path, Path], tmp_path
     assert (folder / "component" / "card.json").is_file()
 
 
+def test_pixels_without_captions_or_evaluator(workplace: tuple[Path, Path], tmp_path: Path) -> None:
+    """B4: unconditional, on shards whose captions are not read; nothing is scored by an untrained evaluator."""
+    cwd, _ = workplace
+    done = run(
+        "train.py", *TINY, "experiment=ddpm", "conditioner=none", "data.caption=null", "part.evaluator=null",
+        "size.pixel_unet.channels=[16,16,16]", "trainer.max_steps=2", "trainer.batch_size=4",
+        "callback.score.num_steps=2", f"runs_dir={tmp_path}/runs", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / "pixel_unet-shapes").iterdir()
+    names = {key for row in rows(folder) for key in row}
+    assert "val/loss" in names and "val/fd_evaluator" not in names and "val/clip_score" not in names
+
+
 def test_sweep_makes_one_run_each(workplace: tuple[Path, Path]) -> None:
     """e: four runs, each trained once, the parts trained once for all."""
     cwd, _ = workplace

@@ -58,7 +58,8 @@ def build_scores(config: Config, data: ShardData, modules: Mapping[str, nn.Modul
     available: dict[str, Any] = {"check": data.prompt_check}
     if "diffusion" in config:
         available |= {name: build(config["diffusion"][name]) for name in ("sampler", "guidance")}
-        available["evaluator"] = modules.get("evaluator")
+        judged = (config.get("part") or {}).get("evaluator") is not None  # an untrained evaluator never judges
+        available["evaluator"] = modules.get("evaluator") if judged else None
     score = build(config["callback"]["score"])
     wanted = inspect.signature(score).parameters.keys()
     return [
