@@ -37,7 +37,7 @@ def rank_main(run: Callable[[Path], None]) -> NoReturn:
         code = failure.code
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except Exception:
+    except Exception:  # the process ends here: its traceback is handed to the launcher, not swallowed
         _report(traceback.format_exc())
         code = 1
     sys.exit(code)

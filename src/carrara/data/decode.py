@@ -74,7 +74,7 @@ def _decode(data: bytes, resolution: int, crop: Crop, u: Sequence[float], max_pi
         if orientation is not None:
             image = image.transpose(orientation)
             width, height = image.size
-    except Exception:
+    except Exception:  # Pillow's readers raise what they like on hostile bytes: OSError, SyntaxError, struct.error, …
         raise DecodeError("broken_image") from None
     left, top, right, bottom = (edge / scale for edge in _box(width, height, crop, u))
     outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
