@@ -6,7 +6,7 @@ from scipy import stats
 from torch import Tensor
 
 from carrara import keyed_random
-from carrara.keyed_random import SMALLEST, normal, uniform
+from carrara.keyed_random import SMALLEST, normal, spread, uniform
 
 N = 40_000
 
@@ -18,6 +18,27 @@ def correlation(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("positions", [torch.arange(N), torch.arange(N) * 1024 + 7, torch.arange(N) + 2**40])
 def test_uniforms_of_a_stream_are_uniform(positions):
     assert stats.kstest(uniform(0, positions, "time").numpy(), "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("start", [0, 12345, 2**40])
+@pytest.mark.parametrize("size", [16, 64, 1000])
+def test_spread_uniforms_leave_no_gap_in_any_batch(start, size):
+    """Golden-ratio sequences have gaps of at most φ²/n (independent uniforms: about log(n)/n)."""
+    u = spread(0, torch.arange(start, start + size), "time").sort().values.double()
+    gaps = torch.cat([u, u[:1] + 1]).diff()
+    assert gaps.max() < 2.62 / size
+    assert 0 < u.min() and u.max() < 1
+
+
+def test_spread_uniforms_are_keyed_by_position_seed_and_purpose():
+    positions = torch.tensor([3, 17, 2**33, 0, 9])
+    together = spread(0, positions, "time")
+    assert torch.equal(together, torch.cat([spread(0, positions[k : k + 1], "time") for k in range(5)]))
+    assert torch.equal(together, spread(0, positions, "time"))
+    for other in (spread(1, positions, "time"), spread(0, positions, "other"), spread(0, positions + 1, "time")):
+        assert not torch.isclose(together, other).any()
+    caption_drops = uniform(0, torch.arange(N), "caption_dropout")
+    assert abs(correlation(spread(0, torch.arange(N), "time"), caption_drops)) < 4 / math.sqrt(N)
 
 
 def test_uniforms_of_a_sample_are_uniform():

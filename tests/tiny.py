@@ -98,8 +98,10 @@ def unet(**changes: Any) -> UNet:
         "num_blocks": 1,
         "depth": 1,
         "heads": 2,
+        "expansion": 2,
         "context_width": 8,
         "pooled_width": 8,
+        "qk_norm": True,
         "learned_positions": True,
     }
     return UNet(**settings | changes)

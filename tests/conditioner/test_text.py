@@ -28,7 +28,7 @@ def test_the_order_of_words_reaches_the_noise_predictor():
     a, b = (network(x, time, conditioner([c])) for c in ("red big blue", "blue big red"))
     assert (a - b).abs().max() > 1e-4
     with torch.no_grad():
-        conditioner.transformer.positions.zero_()
+        conditioner.transformer.angles.zero_()
     a, b = (network(x, time, conditioner([c])) for c in ("red big blue", "blue big red"))
     assert (a - b).abs().max() < 1e-5
 

@@ -128,7 +128,7 @@ def test_the_noisy_picture_is_made_in_one_shot():
     one = batch(range(5))
     model.loss(one)
     x_t, _, _ = network.asked[0]
-    t = model.objective.time_sampling(model.uniform(one, "time"))
+    t = model.objective.time_sampling(model.spread(one, "time"))
     alpha, sigma = (f(t)[:, None, None, None] for f in (model.objective.schedule.alpha, model.objective.schedule.sigma))
     wanted = alpha * model.images(one) + sigma * model.normal(one, "noise", (3, 8, 8))
     torch.testing.assert_close(x_t, wanted)

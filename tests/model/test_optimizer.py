@@ -177,7 +177,7 @@ def test_hidden_matrices_alone_take_muons_step():
         "predictor.network.norm_out.weight",
         "predictor.network.middle.transformer.positions",
         "predictor.conditioner.transformer.tokens.weight",  # an embedding is a table, not a map
-        "predictor.conditioner.transformer.positions",
+        "predictor.conditioner.transformer.blocks.0.attention.query_norm.weight",
     ):
         assert name in groups[False]
     assert "predictor.network.middle.residual.conv1.weight" in groups[True]

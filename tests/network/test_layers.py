@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from carrara.network import layers
-from carrara.network.layers import Attention, Downsample, ResidualBlock, Upsample, attend, sinusoidal_embedding
+from carrara.network.layers import (
+    Attention,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    attend,
+    rotary_angles,
+    rotate,
+    sinusoidal_embedding,
+)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -59,6 +68,43 @@ def test_the_heads_of_attention_look_at_their_own_features():
     first = (q @ k.transpose(1, 2) / 2).softmax(-1) @ v
     expected = first @ attention.out.weight[:, :4].T + attention.out.bias
     torch.testing.assert_close(attention(x, context), expected)
+
+
+def test_normalised_queries_and_keys_bound_the_logits():
+    """However large the activations: each head's query and key have length √d, so a logit is at most √d."""
+    attention = Attention(16, heads=2, qk_norm=True)
+    x = torch.randn(1, 6, 16)
+    with torch.no_grad():
+        wanted = attention(x)
+        attention.query.weight.mul_(1000)
+        attention.key.weight.mul_(1000)
+        torch.testing.assert_close(attention(x), wanted, atol=1e-3, rtol=1e-3)
+    bare = Attention(16, heads=2)
+    with torch.no_grad():
+        wanted = bare(x)
+        bare.query.weight.mul_(1000)
+        assert (bare(x) - wanted).abs().max() > 0.01
+
+
+def test_rotary_positions_are_seen_only_as_distances():
+    """Su et al. 2021, eq. 11: the product of a query at m and a key at n depends on m - n; lengths stay."""
+    q, k = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    angles = rotary_angles(torch.arange(40, dtype=torch.float64), 8)
+    turned_q, turned_k = rotate(q.expand(40, 8), angles), rotate(k.expand(40, 8), angles)
+    products = turned_q @ turned_k.T
+    for distance in range(-5, 6):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert products.diagonal(1)[0] != pytest.approx(float(products.diagonal(2)[0]), abs=1e-3)
+    torch.testing.assert_close(turned_q.norm(dim=1), q.norm().expand(40))
+    pairs = torch.view_as_complex(torch.stack([q[:4], q[4:]], 1))  # each pair is a complex number that turns
+    turn = torch.exp(1j * 7 * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4))
+    torch.testing.assert_close(turned_q[7], torch.cat([(pairs * turn).real, (pairs * turn).imag]))
+
+
+def test_rotary_positions_need_pairs_of_features():
+    with pytest.raises(ValueError, match="a head has 7"):
+        rotary_angles(torch.arange(3), 7)
 
 
 def test_heads_must_divide_the_width():

@@ -31,12 +31,13 @@ def count(module: nn.Module) -> int:
 def of_size(name: str, **changes: Any) -> UNet:
     size = yaml.safe_load((SIZES / f"{name}.yaml").read_text())
     network, width = size["latent_unet"], size["conditioner"]["width"]
-    keys = ("channels", "attention", "num_blocks", "depth", "heads")
+    keys = ("channels", "attention", "num_blocks", "depth", "heads", "expansion")
     settings: dict[str, Any] = {
         "in_channels": 4,
         "resolution": size["resolution"] // size["autoencoder"]["downsampling"],
         "context_width": width,
         "pooled_width": width,
+        "qk_norm": size["qk_norm"],
         "learned_positions": size["learned_positions"],
         **{key: network[key] for key in keys},
     }
@@ -98,7 +99,9 @@ def test_learned_positions_tell_pixels_apart():
     x, text = torch.randn(1, 8, 4, 4), conditioning(1)
 
     def error(positions: tuple[int, int] | None) -> float:
-        model = awake(SpatialTransformer(8, heads=2, context_width=8, depth=1, positions=positions))
+        model = awake(
+            SpatialTransformer(8, heads=2, context_width=8, depth=1, expansion=2, qk_norm=False, positions=positions)
+        )
         with torch.no_grad():
             a = model(x, text.tokens, text.mask).flip(2)
             return float((a - model(x.flip(2), text.tokens, text.mask)).abs().max())

@@ -28,7 +28,7 @@ class Text(nn.Module):
         self.transformer = TextTransformer(vocab_size, max_length, width, depth, heads)
 
     def forward(self, captions: list[str]) -> Conditioning:
-        device = self.transformer.positions.device
+        device = self.transformer.angles.device
         ids, mask = self.tokenizer(captions)
         ids, mask = ids.to(device), mask.to(device)
         tokens, pooled = self.transformer(ids, mask)

@@ -79,6 +79,10 @@ class Model(lightning.LightningModule):
         """(B,) uniforms keyed by the samples' positions in the stream."""
         return keyed_random.uniform(self.seed, batch["positions"], purpose)
 
+    def spread(self, batch: dict[str, Any], purpose: str) -> Tensor:
+        """(B,) uniforms keyed by the samples' positions in the stream, evenly spread over each batch."""
+        return keyed_random.spread(self.seed, batch["positions"], purpose)
+
     def normal(self, batch: dict[str, Any], purpose: str, shape: tuple[int, ...]) -> Tensor:
         """(B, *shape) standard normal noise keyed by the samples' positions in the stream."""
         return keyed_random.normal(self.seed, batch["positions"], purpose, shape)

@@ -60,7 +60,7 @@ class DiffusionModel(Model):
             x0 = self.autoencoder.encode(images, self.normal(batch, "posterior", shape)).float()
         captions = batch["captions"]
         if u is None:  # training: times and drops keyed by the position in the stream
-            u = self.uniform(batch, "time")
+            u = self.spread(batch, "time")
             drop = (self.uniform(batch, "caption_dropout") < self.caption_dropout).tolist()
             captions = ["" if d else caption for d, caption in zip(drop, captions, strict=True)]
         conditioning = self.predictor.conditioner(captions)

@@ -56,6 +56,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def rotary_angles(positions: Tensor, features: int, base: float = 10_000.0) -> Tensor:
+    """The angle by which each pair of features turns at each position (Su et al. 2021, "RoFormer", eq. 15).
+
+    Args:
+        positions: (N,).
+        features: of a head; even.
+        base: the longest wave is 2π·base positions long.
+
+    Returns:
+        (N, features / 2).
+    """
+    if features % 2:
+        raise ValueError(f"rotary positions turn pairs of features, but a head has {features}")
+    frequencies = base ** (-torch.arange(features // 2, device=positions.device) / (features // 2))
+    return positions[:, None] * frequencies
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d/2) of the features of x (..., N, d) by angles (N, d/2); lengths stay, in x's dtype."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head attention; self-attention without a context, cross-attention with one.
 
@@ -64,26 +88,47 @@ class Attention(nn.Module):
         heads: number of heads; must divide `width`.
         context_width: features of the context's tokens; `width` if None.
         bias: whether the projections to query, key and value have a bias.
+        qk_norm: a LayerNorm on each head's queries and keys, so that no logit runs away (Dehghani et al. 2023,
+            "Scaling vision transformers to 22 billion parameters", section 2).
     """
 
-    def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = False):
+    def __init__(
+        self, width: int, heads: int, context_width: int | None = None, bias: bool = False, qk_norm: bool = False
+    ):
         super().__init__()
         if width % heads:
             raise ValueError(f"{heads} heads do not divide a width of {width}")
         context_width = width if context_width is None else context_width
         self.heads = heads
+        self.query_norm = nn.LayerNorm(width // heads, bias=False) if qk_norm else nn.Identity()
+        self.key_norm = nn.LayerNorm(width // heads, bias=False) if qk_norm else nn.Identity()
         self.query = nn.Linear(width, width, bias=bias)
         self.key = nn.Linear(context_width, width, bias=bias)
         self.value = nn.Linear(context_width, width, bias=bias)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, N, C), context (B, L, D), mask (B, L) bool with True for what may be attended to -> (B, N, C)."""
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, angles: Tensor | None = None
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, N, C).
+            context: (B, L, D).
+            mask: (B, L) bool, True for what may be attended to.
+            angles: (N, C / heads / 2) of `rotary_angles`, for self-attention with rotary positions.
+
+        Returns:
+            (B, N, C).
+        """
         context = x if context is None else context
         q, k, v = (
             tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for tokens in (self.query(x), self.key(context), self.value(context))
         )
+        q, k = self.query_norm(q), self.key_norm(k)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         y = attend(q, k, v, None if mask is None else mask[:, None, None, :])
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -91,7 +136,7 @@ class Attention(nn.Module):
 class GEGLU(nn.Module):
     """Feed-forward layer with a gated GELU (Shazeer, "GLU variants improve transformer", 2020, eq. 5)."""
 
-    def __init__(self, width: int, expansion: int = 4):
+    def __init__(self, width: int, expansion: int):
         super().__init__()
         self.up = nn.Linear(width, 2 * expansion * width)
         self.down = nn.Linear(expansion * width, width)

@@ -23,14 +23,14 @@ from carrara.network.layers import (
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward, each after a LayerNorm and around a skip."""
 
-    def __init__(self, width: int, heads: int, context_width: int):
+    def __init__(self, width: int, heads: int, context_width: int, expansion: int, qk_norm: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.self_attention = Attention(width, heads)
+        self.self_attention = Attention(width, heads, qk_norm=qk_norm)
         self.norm2 = nn.LayerNorm(width)
-        self.cross_attention = Attention(width, heads, context_width)
+        self.cross_attention = Attention(width, heads, context_width, qk_norm=qk_norm)
         self.norm3 = nn.LayerNorm(width)
-        self.feed_forward = GEGLU(width)
+        self.feed_forward = GEGLU(width, expansion)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         x = x + self.self_attention(self.norm1(x))
@@ -42,18 +42,30 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map (B, C, H, W).
 
     With `positions` (H, W) a learned position is added to each pixel before attention; convolutions alone tell
-    positions only near the border, so a small network binds "left of" to a place much sooner with them.
+    positions only near the border, so a small network binds "left of" to a place much sooner with them. They start
+    about as large as what they are added to, and the branch starts open: a short training has no time to grow them.
     """
 
-    def __init__(self, channels: int, heads: int, context_width: int, depth: int, positions: tuple[int, int] | None):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_width: int,
+        depth: int,
+        expansion: int,
+        qk_norm: bool,
+        positions: tuple[int, int] | None,
+    ):
         super().__init__()
         self.norm = nn.GroupNorm(norm_groups(channels), channels, eps=1e-6)
         self.project_in = nn.Linear(channels, channels)
         self.positions = (
-            None if positions is None else nn.Parameter(0.02 * torch.randn(positions[0] * positions[1], channels))
+            None if positions is None else nn.Parameter(0.5 * torch.randn(positions[0] * positions[1], channels))
         )
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width) for _ in range(depth))
-        self.project_out = zero_(nn.Linear(channels, channels))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_width, expansion, qk_norm) for _ in range(depth)
+        )
+        self.project_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         h = self.project_in(self.norm(x).flatten(2).transpose(1, 2))
@@ -88,8 +100,10 @@ class UNet(nn.Module):
         num_blocks: residual blocks a level on the way down (one more on the way up).
         depth: transformer blocks in each spatial transformer.
         heads: attention heads.
+        expansion: hidden width of the feed-forward layers, in widths of the level (Stable Diffusion: 4).
         context_width: features of the conditioning's tokens.
         pooled_width: features of the conditioning's pooled vector, added to the time embedding; 0 ignores it.
+        qk_norm: normalise the queries and keys of the attention (Stable Diffusion does not).
         learned_positions: add a learned position to each pixel before attention. The resolution is then fixed.
         checkpointing: recompute stages in the backward pass instead of keeping their activations.
     """
@@ -103,8 +117,10 @@ class UNet(nn.Module):
         num_blocks: int,
         depth: int,
         heads: int,
+        expansion: int,
         context_width: int,
         pooled_width: int,
+        qk_norm: bool,
         learned_positions: bool,
         checkpointing: bool = False,
     ):
@@ -123,8 +139,12 @@ class UNet(nn.Module):
         def stage(level: int, c_in: int, c_out: int, attend: bool) -> Stage:
             size = resolution // 2**level
             positions = (size, size) if learned_positions else None
-            transformer = SpatialTransformer(c_out, heads, context_width, depth, positions) if attend else None
-            return Stage(ResidualBlock(c_in, c_out, width), transformer)
+            residual = ResidualBlock(c_in, c_out, width)
+            if not attend:
+                return Stage(residual, None)
+            return Stage(
+                residual, SpatialTransformer(c_out, heads, context_width, depth, expansion, qk_norm, positions)
+            )
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
