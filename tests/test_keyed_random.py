@@ -27,7 +27,7 @@ def test_spread_uniforms_leave_no_gap_in_any_batch(start, size):
     u = spread(0, torch.arange(start, start + size), "time").sort().values.double()
     gaps = torch.cat([u, u[:1] + 1]).diff()
     assert gaps.max() < 2.62 / size
-    assert 0 < u.min() and u.max() < 1
+    assert u.min() > 0 and u.max() < 1
 
 
 def test_spread_uniforms_are_keyed_by_position_seed_and_purpose():
