@@ -34,6 +34,7 @@ TINY = [
     "size.evaluator.batch_size=8",
     "size.conditioner.width=16",
     "size.latent_unet.channels=[16,16]",
+    "size.latent_unet.attention=[true,true]",
     "size.latent_unet.batch_size=8",
     "size.latent_unet.max_steps=4",
     "size.evaluation.num_images=8",
@@ -249,6 +250,7 @@ def test_sweep_makes_one_run_each(workplace: tuple[Path, Path]) -> None:
         (["model=latent_unt"], "latent_unet"),
         (["trainer.batch_size=7", "trainer.devices=2"], "trainer.batch_size"),
         (["diffusion/parameterization=epsilon"], "epsilon"),
+        (["size.latent_unet.channels=[16,16]"], "network.attention"),  # one entry a level
     ],
 )
 def test_mistakes_get_one_clear_line(arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -257,6 +259,7 @@ def test_mistakes_get_one_clear_line(arguments: list[str], says: str, tmp_path: 
     assert "Traceback" not in done.stderr
     assert says in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert not list(tmp_path.glob("*/*"))  # neither data were made nor a part trained
 
 
 def test_sigterm_ends_a_run_with_143_and_no_traceback(workplace: tuple[Path, Path], tmp_path: Path) -> None:

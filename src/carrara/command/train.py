@@ -75,10 +75,7 @@ def train(job: Job, start: Start) -> None:
         _show_plan(job.conf_dir, composed)
         return
     _check_devices(config)
-    if "diffusion" in config:
-        from carrara.build import build_objective
-
-        build_objective(config)  # a combination that is singular is told now, not after the parts are trained
+    _check_modules(config)
     parts.needed_parts(job.conf_dir, composed, None)  # a part that does not fit is told before data are made
     data_fingerprint = build(config["data"]).fingerprint  # one process makes and scans what is missing
     needed = parts.needed_parts(job.conf_dir, composed, data_fingerprint)
@@ -133,6 +130,16 @@ def _check_devices(config: Config) -> None:
     on_gpu = trainer["accelerator"] == "gpu" or (trainer["accelerator"] == "auto" and there > 0)
     if on_gpu and trainer["devices"] > there:
         raise UserError(f"trainer.devices={trainer['devices']}, but this machine has {there} GPUs")
+
+
+def _check_modules(config: Config) -> None:
+    """What cannot be built is told now, not after the parts are trained."""
+    from carrara.build import build_objective
+    from carrara.plan import meta_modules
+
+    if "diffusion" in config:
+        build_objective(config)
+    meta_modules(config)
 
 
 def _show_plan(conf_dir: Path, composed: Composed) -> None:
