@@ -139,7 +139,8 @@ def _check_modules(config: Config) -> None:
 
     if "diffusion" in config:
         build_objective(config)
-    meta_modules(config)
+    if "model" in config:
+        meta_modules(config)
 
 
 def _show_plan(conf_dir: Path, composed: Composed) -> None:
