@@ -1,9 +1,12 @@
 import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 
 from carrara.errors import UserError
-from carrara.world import World, outside_world
+from carrara.world import Relay, World, outside_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -60,3 +63,47 @@ def test_devices_are_filled_in_or_agree():
     assert world.fill_in({**trainer, "devices": 4}, {"trainer.devices"})["num_nodes"] == 2
     with pytest.raises(UserError, match=r"trainer\.num_nodes=1, but 2 were started"):
         world.fill_in(trainer, {"trainer.num_nodes"})
+
+
+# --- words between ranks ---
+
+
+@pytest.fixture
+def relays(monkeypatch) -> tuple[Relay, Relay]:
+    """Rank 0 and rank 1 of two, in one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda rank: Relay(World(rank, 2, 2)), range(2))
+    return first, second
+
+
+def test_rank_0_ends_after_the_others_have_heard_so(relays):
+    """Under srun the store lives in its process: ranks still listening would lose it."""
+    first, second = relays
+    first.send("runs/a")
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(first.end)
+        words = second.receive()
+        assert next(words) == "runs/a"
+        with pytest.raises(TimeoutError):
+            ending.result(timeout=0.5)
+        assert list(words) == []
+        ending.result(timeout=10)
+
+
+def test_a_dead_rank_is_not_waited_for(relays, monkeypatch):
+    monkeypatch.setattr(Relay, "_PATIENCE", timedelta(seconds=0.2))
+    relays[0].end()
+
+
+def test_the_others_hear_of_a_failure(relays):
+    first, second = relays
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(first.end, failed=True)
+        with pytest.raises(ConnectionError, match="rank 0 failed"):
+            list(second.receive())
+        ending.result(timeout=10)

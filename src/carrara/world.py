@@ -6,6 +6,7 @@ Rank 0 then composes and makes the run's folder; the others learn its path from 
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -83,15 +84,21 @@ def _from_slurm(env: Mapping[str, str]) -> dict[str, str]:
 
 
 class Relay:
-    """Words from rank 0 to the others, in order, through the store they meet in."""
+    """Words from rank 0 to the others, in order, through the store they meet in.
+
+    The store may live in rank 0's process (under `srun` it does), which must not end before the others have heard that
+    no run follows: they say so, and one that has died is not waited for longer than `_PATIENCE`.
+    """
 
     _FAILED, _END = "failed", "end"
+    _PATIENCE = timedelta(seconds=10)
 
     def __init__(self, world: World):
         from torch.distributed import PrefixStore, rendezvous
 
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=_LONG))
         self._store = PrefixStore("carrara", store)
+        self._world = world
         self._sent = 0
 
     def send(self, folder: str) -> None:
@@ -100,7 +107,11 @@ class Relay:
 
     def end(self, failed: bool = False) -> None:
         """Tells the others that no run follows."""
+        from torch.distributed import DistError
+
         self._set(self._FAILED if failed else self._END)
+        with suppress(DistError):
+            self._store.wait([f"heard {rank}" for rank in range(1, self._world.size)], self._PATIENCE)
 
     def receive(self) -> Iterator[str]:
         """The runs, as rank 0 names them.
@@ -110,6 +121,8 @@ class Relay:
         """
         for number in range(1 << 30):
             word = self._store.get(str(number)).decode()
+            if word in (self._END, self._FAILED):
+                self._store.set(f"heard {self._world.rank}", "")
             if word == self._END:
                 return
             if word == self._FAILED:
