@@ -6,6 +6,7 @@ import torch
 
 from carrara.command import train
 from carrara.config import build, compose
+from carrara.network.caption_mean import CaptionMean
 from carrara.plan import meta_modules, optimizer_bytes
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -36,10 +37,11 @@ def test_the_plan_counts_what_is_trained(nowhere):
     modules, model = meta_modules(config)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     real = {name: build(config[name]) for name in ("network", "conditioner", "autoencoder", "evaluator")}
+    real["other"] = CaptionMean(real["autoencoder"].latent_channels, real["conditioner"].width)
     assert modules.keys() == real.keys()
     for name, module in modules.items():
         assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in real[name].parameters())
-        trained = name in ("network", "conditioner")
+        trained = name in ("network", "conditioner", "other")
         assert all(p.requires_grad == trained for p in module.parameters())
 
 

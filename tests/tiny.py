@@ -157,6 +157,7 @@ def diffusion_model(autoencoder: Autoencoder | None = None, **changes: Any) -> D
         "autoencoder": autoencoder,
         "objective": objective(),
         "caption_dropout": 0.1,
+        "caption_mean_weight": 0.0,
         "optimizer": MUON,
         "warmup_steps": 0,
         "cooldown": 0.0,

@@ -3,27 +3,25 @@
 import torch
 from torch import nn
 
+from carrara.conditioner.base import Conditioner
 from carrara.network.conditioning import Conditioning
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.transformer import TextTransformer
 
 
-class Text(nn.Module):
+class Text(Conditioner):
     """Captions -> one vector a token and their mean.
-
-    The empty caption is the unconditional case of classifier-free guidance (Ho & Salimans 2022).
 
     Args:
         vocab_size: most token ids.
         max_length: most tokens of a caption, start and end included.
-        width: features of a token; the network's `context_width` and `pooled_width`.
+        width: see `Conditioner`.
         depth: transformer blocks.
         heads: attention heads.
     """
 
     def __init__(self, vocab_size: int, max_length: int, width: int, depth: int, heads: int):
-        super().__init__()
-        self.width = width
+        super().__init__(width)
         self.tokenizer = Tokenizer(vocab_size, max_length)
         self.transformer = TextTransformer(vocab_size, max_length, width, depth, heads)
 
@@ -35,16 +33,15 @@ class Text(nn.Module):
         return Conditioning(tokens, mask, pooled)
 
 
-class Unconditional(nn.Module):
+class Unconditional(Conditioner):
     """Ignores captions: one learned token for all pictures. For shards without captions.
 
     Args:
-        width: features of the token.
+        width: see `Conditioner`.
     """
 
     def __init__(self, width: int):
-        super().__init__()
-        self.width = width
+        super().__init__(width)
         self.token = nn.Parameter(0.02 * torch.randn(width))
 
     def forward(self, captions: list[str]) -> Conditioning:
