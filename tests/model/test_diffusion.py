@@ -165,21 +165,26 @@ def test_the_loss_is_in_float32_under_autocast():
         assert model.loss(batch(range(2)))["loss"].dtype == torch.float32
 
 
-def test_the_caption_mean_adds_its_error_and_is_not_exported():
-    """The denoising loss and what is exported stay as they are without it."""
+def test_the_caption_mean_adds_its_gradient_and_nothing_else():
+    """The loss's value, validation and what is exported stay as they are without it."""
     one, u = batch(range(6)), torch.rand(6)
-    plain = diffusion_model()
-    both = diffusion_model(caption_mean_weight=0.5)
+    plain, both = diffusion_model(), diffusion_model(caption_mean_weight=0.5)
+    awake(plain.predictor)
     both.predictor.load_state_dict(plain.predictor.state_dict())
-    both.predictor.conditioner.tokenizer = plain.predictor.conditioner.tokenizer
-    losses = both.loss(one, u)
-    assert tuple(losses) == both.loss_names and plain.loss_names == ("loss",)
-    torch.testing.assert_close(losses["denoising"], plain.loss(one, u)["loss"])
-    torch.testing.assert_close(losses["loss"], losses["denoising"] + 0.5 * losses["caption_mean"])
     assert both.exported.state_dict().keys() == plain.exported.state_dict().keys()
-    losses["caption_mean"].backward()
-    assert any(p.grad is not None and p.grad.any() for p in both.predictor.conditioner.parameters())
-    assert all(p.grad is None for p in both.predictor.network.parameters())
+    assert both.loss(one, u).keys() == {"loss"} == set(both.loss_names)
+    torch.testing.assert_close(both.loss(one, u), plain.loss(one, u))
+
+    without, losses = plain.loss(one)["loss"], both.loss(one)
+    torch.testing.assert_close(losses["loss"], without)
+    words, words_of_both = (
+        model.predictor.get_parameter("conditioner.transformer.tokens.weight") for model in (plain, both)
+    )
+    [wanted] = torch.autograd.grad(without, words)
+    [extra] = torch.autograd.grad(losses["caption_mean"], words_of_both, retain_graph=True)
+    [found] = torch.autograd.grad(losses["loss"], words_of_both)
+    assert extra.any()
+    torch.testing.assert_close(found, wanted + 0.5 * extra)
 
 
 # --- a trained one ---

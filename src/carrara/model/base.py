@@ -46,7 +46,7 @@ class Model(lightning.LightningModule):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """The names that `loss` returns."""
+        """The names that `loss` returns for validation."""
         return ("loss",)
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:

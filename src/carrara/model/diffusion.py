@@ -16,7 +16,7 @@ class DiffusionModel(Model):
     """Latent diffusion (Rombach et al. 2022), trained by DDPM's Algorithm 1 with any schedule, target and times.
 
     Minimises the objective, and with a `caption_mean_weight` also the error of `CaptionMean`, by which the text learns
-    in hundreds of steps what the objective alone teaches it in thousands.
+    in hundreds of steps what the objective alone teaches it in thousands. "loss" is the objective's value alone.
 
     Args:
         network: the noise predictor, network(x, time, conditioning) -> like x.
@@ -62,17 +62,14 @@ class DiffusionModel(Model):
     def hot(self) -> list[nn.Module]:
         return [self.predictor.network]
 
-    @property
-    def loss_names(self) -> tuple[str, ...]:
-        return ("loss",) if self.caption_mean is None else ("loss", "denoising", "caption_mean")
-
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         images = self.images(batch)
         shape = self.autoencoder.latent_shape(images.shape[-1])
         with torch.no_grad():
             x0 = self.autoencoder.encode(images, self.normal(batch, "posterior", shape)).float()
         captions = batch["captions"]
-        if u is None:  # training: times and drops keyed by the position in the stream
+        training = u is None
+        if u is None:  # times and drops keyed by the position in the stream
             u = self.spread(batch, "time")
             drop = (self.uniform(batch, "caption_dropout") < self.caption_dropout).tolist()
             captions = ["" if d else caption for d, caption in zip(drop, captions, strict=True)]
@@ -83,14 +80,12 @@ class DiffusionModel(Model):
             return self.predictor.network(x_t, time, conditioning)
 
         denoising = self.objective.loss(predict, x0, eps, u).mean()
-        if self.caption_mean is None:
+        if self.caption_mean is None or not training:
             return {"loss": denoising}
         error = self.caption_mean.squared_error(conditioning, x0).mean()
-        return {
-            "loss": denoising + self.caption_mean_weight * error,
-            "denoising": denoising,
-            "caption_mean": error,
-        }
+        # its gradient without its value: the loss means the same with and without it, in training and validation
+        loss = denoising + self.caption_mean_weight * (error - error.detach())
+        return {"loss": loss, "caption_mean": error}
 
 
 class NoisePredictor(nn.Module):
