@@ -251,6 +251,8 @@ def test_sweep_makes_one_run_each(workplace: tuple[Path, Path]) -> None:
         (["trainer.batch_size=7", "trainer.devices=2"], "trainer.batch_size"),
         (["diffusion/parameterization=epsilon"], "epsilon"),
         (["size.latent_unet.channels=[16,16]"], "network.attention"),  # one entry a level
+        (["network.context_width=77"], "does not fit latents of (4, 8, 8) and captions of width 128"),
+        (["network.in_channels=3", "dry_run=true"], "does not fit latents"),
     ],
 )
 def test_mistakes_get_one_clear_line(arguments: list[str], says: str, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import torch
 
 from carrara.command import train
 from carrara.config import build, compose
+from carrara.errors import UserError
 from carrara.network.caption_mean import CaptionMean
-from carrara.plan import meta_modules, optimizer_bytes
+from carrara.plan import check_fit, meta_modules, optimizer_bytes
 
 CONF = Path(__file__).parents[1] / "conf"
 FULL = ["model=latent_unet", "data=laion", "trainer.devices=8"]
@@ -73,3 +74,17 @@ def test_the_plan_finds_the_data_and_names_the_parts(nowhere, capsys):
     train.main(CONF, [*small, "dry_run=true"])
     assert "they are made when training starts" in capsys.readouterr().out
     assert not (nowhere / "data").exists()
+
+
+@pytest.mark.parametrize("model", ["latent_unet", "pixel_unet", "autoencoder", "evaluator"])
+@pytest.mark.parametrize("size", ["demo", "small", "base"])
+def test_every_models_network_fits_what_it_is_given(model, size):
+    config = compose(CONF, "train", [f"model={model}", f"size={size}"]).config
+    check_fit(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("key", ["in_channels=5", "resolution=4", "context_width=77", "pooled_width=7"])
+def test_a_network_that_does_not_fit_is_refused(key):
+    config = compose(CONF, "train", [f"network.{key}", "size=demo"]).config
+    with pytest.raises(UserError, match=r"does not fit latents of \(4, 8, 8\) and captions of width 128"):
+        check_fit(config, meta_modules(config)[0])

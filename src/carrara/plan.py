@@ -8,9 +8,12 @@ import hydra.utils
 import torch
 from torch import nn
 
+from carrara.autoencoder.base import Autoencoder
+from carrara.conditioner.base import Conditioner
 from carrara.config import Config, build
 from carrara.data.module import ShardData
 from carrara.errors import UserError
+from carrara.network.conditioning import Conditioning
 from carrara.parts import Part, in_order
 from carrara.precision import choose_precision
 
@@ -66,6 +69,36 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
     if len(others):
         modules["other"] = others  # a discriminator, say
     return modules, model
+
+
+def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
+    """Calls the network once on shapes without numbers.
+
+    Args:
+        config: of the run.
+        modules: of `meta_modules`.
+
+    Raises:
+        UserError: it does not fit the latents, or the conditioner's tokens.
+    """
+    network, autoencoder, conditioner = (modules.get(name) for name in ("network", "autoencoder", "conditioner"))
+    if network is None:
+        return
+    assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
+    shape, width = autoencoder.latent_shape(config["data"]["resolution"]), conditioner.width
+    with torch.device("meta"):
+        mask = torch.ones(1, 2, dtype=torch.bool)
+        conditioning = Conditioning(torch.empty(1, 2, width), mask, torch.empty(1, width))
+        try:
+            answer = tuple(network(torch.empty(1, *shape), torch.empty(1), conditioning).shape[1:])
+            problem = None if answer == shape else f"it answers with {answer}"
+        except (RuntimeError, ValueError) as mistake:
+            problem = str(mistake).partition("\n")[0].rstrip(".")
+    if problem is not None:
+        raise UserError(
+            f"network: it does not fit latents of {shape} and captions of width {width} ({problem}); its in_channels, "
+            "resolution, context_width and pooled_width follow from them and need not be given"
+        )
 
 
 def _is_used(config: Config, name: str) -> bool:

@@ -71,11 +71,11 @@ def train(job: Job, start: Start) -> None:
     """Trains the parts that are missing, then the run, in its folder."""
     config, resumed = _config(job)
     composed = Composed(config, job.composed.choices, job.composed.size)
+    _check_modules(config)
     if config["dry_run"]:
         _show_plan(job.conf_dir, composed)
         return
     _check_devices(config)
-    _check_modules(config)
     parts.needed_parts(job.conf_dir, composed, None)  # a part that does not fit is told before data are made
     data_fingerprint = build(config["data"]).fingerprint  # one process makes and scans what is missing
     needed = parts.needed_parts(job.conf_dir, composed, data_fingerprint)
@@ -133,14 +133,15 @@ def _check_devices(config: Config) -> None:
 
 
 def _check_modules(config: Config) -> None:
-    """What cannot be built is told now, not after the parts are trained."""
+    """What cannot be built, or does not fit, is told now, not after the parts are trained."""
     from carrara.build import build_objective
-    from carrara.plan import meta_modules
+    from carrara.plan import check_fit, meta_modules
 
     if "diffusion" in config:
         build_objective(config)
     if "model" in config:
-        meta_modules(config)
+        modules, _ = meta_modules(config)
+        check_fit(config, modules)
 
 
 def _show_plan(conf_dir: Path, composed: Composed) -> None:
