@@ -15,11 +15,11 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "carrara"
 
 FOUNDATION = {"divergence", "errors", "keyed_random"}
-PARTS = {"autoencoder", "conditioner", "evaluator"}  # siblings: none imports another
+PARTS = {"autoencoder", "classifier", "conditioner", "evaluator"}  # siblings: none imports another
 BELOW_PIPELINE = FOUNDATION | {"diffusion", "network", "data", "metric", "model"} | PARTS
 COMMANDS = {
-    "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report", "run_folder",
-    "score_card", "scoring", "worker", "world",
+    "architecture", "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report",
+    "run_folder", "score_card", "scoring", "worker", "world",
 }  # fmt: skip
 
 ALLOWED: dict[str, set[str]] = {

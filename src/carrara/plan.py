@@ -1,23 +1,17 @@
 """What a run would do, on one screen, with nothing started: `dry_run=true`."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import hydra.utils
-import torch
 from torch import nn
 
-from carrara.autoencoder.base import Autoencoder
-from carrara.conditioner.base import Conditioner
-from carrara.config import Config, build
+from carrara.architecture import meta_modules, optimizer_bytes
+from carrara.config import Config
 from carrara.data.module import ShardData
 from carrara.errors import UserError
-from carrara.network.conditioning import Conditioning
 from carrara.parts import Part, in_order
 from carrara.precision import choose_precision
 
-_NODES = ("network", "conditioner", "autoencoder", "evaluator")  # architectures, in the order they are shown
 _GIB = 2**30
 
 
@@ -48,62 +42,6 @@ def describe(config: Config, parts: list[Part], data: ShardData | UserError) -> 
     lines.append(_row("precision", precision, reason if trainer["precision"] != "auto" else f"here: {reason}"))
     lines += _memory(modules, model)
     return "\n".join(lines)
-
-
-def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
-    """The run's architectures by node, parts it does not train frozen, and the LightningModule that holds them.
-
-    All are on PyTorch's meta device: shapes without memory.
-    """
-    node = config["model"]
-    parameters = inspect.signature(hydra.utils.get_object(node["_target_"])).parameters.values()
-    with torch.device("meta"):
-        modules: dict[str, nn.Module] = {name: build(config[name]) for name in _NODES if _is_used(config, name)}
-        for name in (config.get("part") or {}).keys() & modules.keys():
-            modules[name].requires_grad_(False)
-        # what is neither a setting nor an architecture (an objective, say) has no parameters to count
-        rest = {p.name: modules.get(p.name) for p in parameters if p.name not in node}
-        model = build(node, **rest)
-    known = {id(p) for module in modules.values() for p in module.parameters()}
-    others = nn.ParameterList(p for p in model.parameters() if id(p) not in known)
-    if len(others):
-        modules["other"] = others  # a discriminator, say
-    return modules, model
-
-
-def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
-    """Calls the network once on shapes without numbers.
-
-    Args:
-        config: of the run.
-        modules: of `meta_modules`.
-
-    Raises:
-        UserError: it does not fit the latents, or the conditioner's tokens.
-    """
-    network, autoencoder, conditioner = (modules.get(name) for name in ("network", "autoencoder", "conditioner"))
-    if network is None:
-        return
-    assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
-    shape, width = autoencoder.latent_shape(config["data"]["resolution"]), conditioner.width
-    with torch.device("meta"):
-        mask = torch.ones(1, 2, dtype=torch.bool)
-        conditioning = Conditioning(torch.empty(1, 2, width), mask, torch.empty(1, width))
-        try:
-            answer = tuple(network(torch.empty(1, *shape), torch.empty(1), conditioning).shape[1:])
-            problem = None if answer == shape else f"it answers with {answer}"
-        except (RuntimeError, ValueError) as mistake:
-            problem = str(mistake).partition("\n")[0].rstrip(".")
-    if problem is not None:
-        raise UserError(
-            f"network: it does not fit latents of {shape} and captions of width {width} ({problem}); its in_channels, "
-            "resolution, context_width and pooled_width follow from them and need not be given"
-        )
-
-
-def _is_used(config: Config, name: str) -> bool:
-    node = config.get(name)
-    return isinstance(node, Mapping) and "_target_" in node
 
 
 def _state_of(part: Part) -> str:
@@ -148,17 +86,6 @@ def _memory(modules: Mapping[str, nn.Module], model: nn.Module) -> list[str]:
         _row("memory", f"{sum(sizes.values()) / _GIB:.2f} GiB", f"a device = {listed}"),
         _row("", "", "and activations, which grow with the micro-batch and are not estimated"),
     ]
-
-
-def optimizer_bytes(model: nn.Module) -> int:
-    """Bytes of the optimizer's state, from one step on tensors without memory."""
-    optimizer = model.configure_optimizers()["optimizer"]  # type: ignore[operator]
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.numel() * value.element_size() for value in states if isinstance(value, torch.Tensor))
 
 
 def _row(title: str, number: str, text: str) -> str:

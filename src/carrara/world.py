@@ -121,13 +121,13 @@ class Relay:
         """
         for number in range(1 << 30):
             word = self._store.get(str(number)).decode()
-            if word in (self._END, self._FAILED):
-                self._store.set(f"heard {self._world.rank}", "")
-            if word == self._END:
-                return
+            if word.startswith("run "):
+                yield word.removeprefix("run ")
+                continue
+            self._store.set(f"heard {self._world.rank}", "")
             if word == self._FAILED:
                 raise ConnectionError("rank 0 failed")
-            yield word.removeprefix("run ")
+            return
 
     def _set(self, word: str) -> None:
         self._store.set(str(self._sent), word)

@@ -62,10 +62,17 @@ AUTOENCODER = """
 """
 LATENT = """
     # @package _global_
-    defaults: [/autoencoder: kl]
+    defaults: [/autoencoder: kl, /model/base: default]
     name: latent_unet
     part: {autoencoder: auto}
     trainer: {batch_size: 8, max_steps: 5}
+    model:
+      _target_: carrara.model.autoencoder.AutoencoderModel
+      kl_weight: 1.0e-6
+      perceptual: null
+      perceptual_weight: 0.0
+      adversarial_weight: 0.0
+      adversarial_start: 0
     network: {in_channels: '${autoencoder.latent_channels}'}
     callback: {num_images: 8}
 """

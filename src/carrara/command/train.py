@@ -134,14 +134,13 @@ def _check_devices(config: Config) -> None:
 
 def _check_modules(config: Config) -> None:
     """What cannot be built, or does not fit, is told now, not after the parts are trained."""
+    from carrara.architecture import check_fit, meta_modules
     from carrara.build import build_objective
-    from carrara.plan import check_fit, meta_modules
 
     if "diffusion" in config:
         build_objective(config)
-    if "model" in config:
-        modules, _ = meta_modules(config)
-        check_fit(config, modules)
+    modules, _ = meta_modules(config)
+    check_fit(config, modules)
 
 
 def _show_plan(conf_dir: Path, composed: Composed) -> None:

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from carrara.architecture import check_fit, meta_modules, optimizer_bytes
+from carrara.config import build, compose
+from carrara.errors import UserError
+from carrara.network.caption_mean import CaptionMean
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def test_parameters_are_those_of_the_built_parts():
+    config = compose(CONF, "train", ["size=demo"]).config
+    modules, model = meta_modules(config)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    real = {name: build(config[name]) for name in ("network", "conditioner", "autoencoder", "evaluator")}
+    real["other"] = CaptionMean(real["autoencoder"].latent_channels, real["conditioner"].width)
+    assert modules.keys() == real.keys()
+    for name, module in modules.items():
+        assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in real[name].parameters())
+        trained = name in ("network", "conditioner", "other")
+        assert all(p.requires_grad == trained for p in module.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_the_optimizers_state_is_as_large_as_planned(optimizer):
+    overrides = ["model=evaluator", "size=demo", f"model/optimizer={optimizer}"]
+    config = compose(CONF, "train", overrides).config
+    _, model = meta_modules(config)
+    real = build(config["model"], evaluator=build(config["evaluator"]))
+    stepped = real.configure_optimizers()["optimizer"]
+    for parameter in real.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    stepped.step()
+    states = [value for state in stepped.state.values() for value in state.values()]
+    assert optimizer_bytes(model) == sum(v.numel() * v.element_size() for v in states if isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("model", ["latent_unet", "pixel_unet", "autoencoder", "evaluator"])
+@pytest.mark.parametrize("size", ["demo", "small", "base"])
+def test_every_models_network_fits_what_it_is_given(model, size):
+    config = compose(CONF, "train", [f"model={model}", f"size={size}"]).config
+    check_fit(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("key", ["in_channels=5", "resolution=4", "context_width=77", "pooled_width=7"])
+def test_a_network_that_does_not_fit_is_refused(key):
+    config = compose(CONF, "train", [f"network.{key}", "size=demo"]).config
+    with pytest.raises(UserError, match=r"does not fit latents of \(4, 8, 8\) and captions of width 128"):
+        check_fit(config, meta_modules(config)[0])
