@@ -1,13 +1,13 @@
 """Optimizers and their learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
-def orthogonalize(updates: Tensor, steps: int = 4) -> Tensor:
+def orthogonalize(updates: Tensor, steps: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly, by Newton–Schulz iteration (Jordan et al. 2024, "Muon").
 
     The quintic iteration is X <- (aI + bA + cA²)X with A = XXᵀ. For long matrices it runs on the small square side:
@@ -15,27 +15,43 @@ def orthogonalize(updates: Tensor, steps: int = 4) -> Tensor:
     float32: in bfloat16 eigenvalues of A that rounding brought below zero grow.
 
     Args:
-        updates: (k, m, n) matrices with m <= n, float32; bfloat16 will do for n < 2m.
+        updates: (k, m, n) matrices with m <= n, float32.
         steps: of the iteration.
+        dtype: of the products with X; bfloat16 will do.
 
     Returns:
-        (k, m, n); all but the smallest singular values are brought into about [0.7, 1.2].
+        (k, m, n) of `dtype`; all but the smallest singular values are brought into about [0.7, 1.2].
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = updates / (updates.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    return (_by_gram if updates.shape[2] >= 2 * updates.shape[1] else _directly)(updates, steps, dtype)
+
+
+def _directly(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + _TINY)).to(dtype)
+    for _ in range(steps):
+        x = _factor(x @ x.mT) @ x
+    return x
+
+
+def _by_gram(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     gram = x @ x.mT
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    long = x.shape[2] >= 2 * x.shape[1]
-    total = None
+    scale = 1 / (gram.diagonal(dim1=1, dim2=2).sum(1).sqrt() + _TINY)[:, None, None]
+    gram = gram * scale.square()
+    total = scale * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for step in range(steps):
-        factor = torch.baddbmm(b * gram, gram, gram, alpha=c).add_(identity, alpha=a)
-        if not long:
-            x = factor @ x
-            gram = x @ x.mT if step < steps - 1 else gram
-        else:
-            total = factor if total is None else factor @ total
-            gram = factor @ gram @ factor if step < steps - 1 else gram
-    return x if total is None else total @ x
+        factor = _factor(gram)
+        total = factor @ total
+        gram = factor @ gram @ factor if step < steps - 1 else gram
+    return total.to(dtype) @ x.to(dtype)
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """aI + bA + cA² of A (k, m, m), with the published coefficients."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    return torch.baddbmm(b * gram, gram, gram, alpha=c).add_(identity, alpha=a)
+
+
+_TINY = 1e-7  # a gradient of zeros stays one
 
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:
@@ -64,7 +80,7 @@ class Muon(torch.optim.AdamW):
         betas: tuple[float, float],
         weight_decay: float,
     ):
-        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, foreach=True)
         for group in self.param_groups:
             group.setdefault("muon", False)
             group["momentum"] = momentum
@@ -87,27 +103,29 @@ class Muon(torch.optim.AdamW):
             if p.grad is not None:
                 by_shape.setdefault((p.shape[0], p[0].numel()), []).append(p)
         for (rows, columns), params in by_shape.items():
-            updates = torch.stack([self._momentum(p, group["momentum"]) for p in params])
-            if max(rows, columns) < 2 * min(rows, columns):
-                updates = updates.to(_matmul_dtype(updates.device))
-            updates = orthogonalize(updates) if rows <= columns else orthogonalize(updates.mT).mT
-            updates = updates.to(params[0].dtype).contiguous()
+            updates = torch.stack([update.flatten(1) for update in self._momentum(params, group["momentum"])])
+            dtype = _matmul_dtype(updates.device)
+            if rows <= columns:
+                updates = orthogonalize(updates, dtype=dtype)
+            else:
+                updates = orthogonalize(updates.mT, dtype=dtype).mT.contiguous()
             step = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, [u.view_as(p) for u, p in zip(updates, params, strict=True)], alpha=-step)
 
-    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
-        """The gradient with Nesterov's momentum as a matrix; the gradient is taken, so AdamW's step passes over p."""
-        assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros(())  # AdamW's own state has one, and loading looks for it
-            state["momentum"] = torch.zeros_like(p)
-        state["step"] += 1
-        average = state["momentum"].lerp_(p.grad, 1 - momentum)
-        update = p.grad.lerp(average, momentum).flatten(1)
-        p.grad = None
-        return update
+    def _momentum(self, params: list[Tensor], momentum: float) -> Sequence[Tensor]:
+        """The gradients with Nesterov's momentum; the gradients are taken, so AdamW's step passes over them."""
+        for p in params:
+            if not self.state[p]:
+                # AdamW's own state has a step, and loading looks for it
+                self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+        grads = [p.grad for p in params if p.grad is not None]
+        averages = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(averages, grads, 1 - momentum)
+        updates = torch._foreach_lerp(grads, averages, momentum)
+        for p in params:
+            p.grad = None
+        return updates
 
 
 def parameter_groups(module: nn.Module) -> list[dict]:

@@ -70,7 +70,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         h = self.project_in(self.norm(x).flatten(2).transpose(1, 2))
         if self.positions is not None:
-            h = h + self.positions
+            h = h + self.positions.to(h.dtype)  # a float32 sum would make all that follows float32
         for block in self.blocks:
             h = block(h, context, mask)
         return x + self.project_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
