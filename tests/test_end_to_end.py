@@ -224,6 +224,27 @@ def test_pixels_without_captions_or_evaluator(workplace: tuple[Path, Path], tmp_
     assert "val/loss" in names and "val/fd_evaluator" not in names and "val/clip_score" not in names
 
 
+def test_a_classifier_is_trained_on_labels_and_judges(workplace: tuple[Path, Path]) -> None:
+    """F5: any labels, the last layer dropped, under its own metric name."""
+    cwd, folder = workplace
+    small = [a for a in TINY if a.startswith(("trainer.", "data.", "logger."))]
+    small += ["model=classifier", "trainer.max_steps=4", "trainer.batch_size=8", "classifier.channels=[8,16]"]
+    sentences = run("train.py", *small, "classifier.num_classes=20", cwd=cwd)
+    assert sentences.returncode == 2 and "Traceback" not in sentences.stderr
+    assert "more than 20 different ones" in sentences.stderr and "data.caption" in sentences.stderr
+    done = run("train.py", *small, "data.caption=shape", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    classifier = max((cwd / "runs" / "classifier-shapes").iterdir())
+    assert 0 <= last(classifier, "val/accuracy") <= 1
+    done = run("evaluate.py", f"run={folder}", f"part.classifier={classifier}", f"out={cwd / 'judged'}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((cwd / "judged" / "scores.json").read_text())
+    assert {"val/fd_cnn", "val/kd_cnn", "val/fd_evaluator"} <= card["scores"].keys()
+    assert set(card["fingerprint"]["extractors"]) == {"cnn", "evaluator"}
+    done = run("evaluate.py", f"run={classifier}", f"part.classifier={classifier}", cwd=cwd)
+    assert done.returncode == 2 and "samples nothing" in done.stderr
+
+
 def test_sweep_makes_one_run_each(workplace: tuple[Path, Path]) -> None:
     """e: four runs, each trained once, the parts trained once for all."""
     cwd, _ = workplace

@@ -16,6 +16,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.autoencoder.identity import Identity
 from carrara.autoencoder.kl import KL
 from carrara.callback.score import Setting
+from carrara.classifier.cnn import CNN
 from carrara.conditioner.text import Text
 from carrara.data.validation import ValidationSet
 from carrara.diffusion.objective import Objective
@@ -26,6 +27,7 @@ from carrara.diffusion.time_sampling import Uniform
 from carrara.diffusion.weighting import Unweighted
 from carrara.evaluator.clip import CLIP
 from carrara.model.autoencoder import AutoencoderModel
+from carrara.model.classifier import ClassifierModel
 from carrara.model.diffusion import DiffusionModel
 from carrara.model.evaluator import EvaluatorModel
 from carrara.model.optimizer import Muon, sgd
@@ -194,6 +196,20 @@ def evaluator_model(**changes: Any) -> EvaluatorModel:
         "seed": 0,
     }
     return EvaluatorModel(**settings | changes)
+
+
+def classifier_model(labels: Sequence[str], channels: Sequence[int] = (8, 16), **changes: Any) -> ClassifierModel:
+    classifier = CNN(channels, num_classes=len(set(labels)))
+    classifier.labels.train_on(labels)
+    settings: dict[str, Any] = {
+        "classifier": classifier,
+        "optimizer": MUON,
+        "warmup_steps": 0,
+        "cooldown": 0.0,
+        "max_steps": 100,
+        "seed": 0,
+    }
+    return ClassifierModel(**settings | changes)
 
 
 def trainer(folder: Path, *callbacks: lightning.Callback, max_steps: int, **changes: Any) -> lightning.Trainer:

@@ -20,7 +20,7 @@ from carrara.errors import UserError
 from carrara.model.base import Model
 from carrara.run_folder import component_folder, is_finished, load_config
 
-_ARCHITECTURES = ("network", "conditioner", "autoencoder", "evaluator")
+_ARCHITECTURES = ("network", "conditioner", "autoencoder", "evaluator", "classifier")
 
 
 def build_objective(config: Config) -> Objective:
@@ -58,8 +58,9 @@ def build_scores(config: Config, data: ShardData, modules: Mapping[str, nn.Modul
     available: dict[str, Any] = {"check": data.prompt_check}
     if "diffusion" in config:
         available |= {name: build(config["diffusion"][name]) for name in ("sampler", "guidance")}
-        judged = (config.get("part") or {}).get("evaluator") is not None  # an untrained evaluator never judges
-        available["evaluator"] = modules.get("evaluator") if judged else None
+        part = config.get("part") or {}
+        for judge in ("evaluator", "classifier"):  # an untrained one never judges
+            available[judge] = modules.get(judge) if part.get(judge) is not None else None
     score = build(config["callback"]["score"])
     wanted = inspect.signature(score).parameters.keys()
     return [
@@ -79,13 +80,20 @@ def exported_config(config: Config, kind: str) -> Config:
     }
 
 
-def load_trained(folder: Path) -> tuple[Config, Model, dict[str, nn.Module]]:
+def load_trained(folder: Path, classifier: str | None = None) -> tuple[Config, Model, dict[str, nn.Module]]:
     """A run's config and its model in evaluation mode, with averaged weights: exported, or of the newest checkpoint.
 
+    Args:
+        classifier: the folder of one that judges instead of the run's own, or where it has none.
+
     Raises:
-        UserError: the run has neither.
+        UserError: the run has neither, or a classifier has nothing to judge in it.
     """
     config = load_config(folder)
+    if classifier is not None:
+        if "diffusion" not in config:
+            raise UserError(f"{config['name']} samples nothing: leave part.classifier out")
+        config["part"]["classifier"] = classifier
     model, modules = build_model(config)
     if is_finished(folder):
         trained, _ = load_component(component_folder(folder), model.kind)

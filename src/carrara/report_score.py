@@ -34,6 +34,16 @@ def _share(label: str, meaning: str = "") -> Score:
     return Score(label, meaning, better="higher", unit="share", few=200, warning=_NOISY)
 
 
+def _frechet(label: str, features: str, few: int) -> Score:
+    meaning = f"How far the crowd of generated pictures is from the real ones, in {features}."
+    return Score(label, meaning, better="lower", few=few, warning=_BIASED, logarithmic=True)
+
+
+def _kernel(label: str) -> Score:
+    meaning = "Like the Fréchet distance, but unbiased with few images; around 0, even below, for the same crowd."
+    return Score(label, meaning, better="lower", few=500, warning=_NOISY)
+
+
 # In the order of importance, which tiles, tables and charts keep.
 SCORES: dict[str, Score] = {
     "prompt_accuracy/all": _share(
@@ -58,6 +68,7 @@ SCORES: dict[str, Score] = {
         "Reconstruction accuracy",
         "Share of pictures that show what their caption says after the auto-encoder too, read by a parser.",
     ),
+    "accuracy": _share("Accuracy", "How often the classifier names a picture's label."),
     "recall_at_1": _share("Recall at 1", "How often a picture's own caption is the first choice among all candidates."),
     "recall_at_5": _share("Recall at 5", "How often a picture's own caption is among the first five choices."),
     "r_precision": _share(
@@ -70,29 +81,12 @@ SCORES: dict[str, Score] = {
         few=200,
         warning=_NOISY,
     ),
-    "fid_inception": Score(
-        "FID (Inception)",
-        "How far the crowd of generated pictures is from the real ones, in Inception features. 0 is equal.",
-        better="lower",
-        few=10_000,
-        warning=_BIASED,
-        logarithmic=True,
-    ),
-    "fd_evaluator": Score(
-        "Fréchet distance",
-        "How far the crowd of generated pictures is from real ones, in our evaluator's features. Not an FID.",
-        better="lower",
-        few=2_000,
-        warning=_BIASED,
-        logarithmic=True,
-    ),
-    "kd_evaluator": Score(
-        "Kernel distance",
-        "Like the Fréchet distance, but unbiased with few images; around 0, even below, for the same crowd.",
-        better="lower",
-        few=500,
-        warning=_NOISY,
-    ),
+    "fid_inception": _frechet("FID (Inception)", "Inception features. 0 is equal", few=10_000),
+    "fd_evaluator": _frechet("Fréchet distance", "our evaluator's features. Not an FID", few=2_000),
+    "fd_cnn": _frechet("Fréchet distance (CNN)", "the features of a classifier trained here. Not an FID", few=2_000),
+    "kd_inception": _kernel("Kernel distance (Inception)"),
+    "kd_evaluator": _kernel("Kernel distance"),
+    "kd_cnn": _kernel("Kernel distance (CNN)"),
     "loss": Score("Loss", "The training objective at fixed, evenly spread times.", better="lower", logarithmic=True),
     "learning_rate": Score("Learning rate"),
     "gradient_norm": Score("Gradient norm", logarithmic=True),

@@ -1,26 +1,29 @@
 """Scores together with all they depend on, as `scores.json` holds them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from carrara.component import read_component
 from carrara.config import Config
+from carrara.metric.extractor import INCEPTION_SHA256
 from carrara.metric.fingerprint import ScoreFingerprint, few_images_warning, score_fingerprint
 
 
-def score_card(config: Config, scores: dict[str, float]) -> dict[str, Any]:
+def score_card(config: Config, data: str, scores: dict[str, float]) -> dict[str, Any]:
     """The card of a run's scores.
 
     Args:
         config: the run's, as it was sampled.
+        data: fingerprint of the validation set.
         scores: by name, `val/…` and `val_seen/…`.
     """
-    evaluator = (config.get("part") or {}).get("evaluator")
     score, diffusion = config["callback"]["score"], config.get("diffusion")
     counts = {name: int(value) for name, value in scores.items() if name.endswith(("/num_images", "/num_captions"))}
     number = max(counts.values(), default=0)
     fields = ScoreFingerprint(
-        extractor="none" if evaluator is None else read_component(Path(evaluator), "evaluator").card["sha256"],
+        extractors=extractor_hashes(config.get("part") or {}, score.get("inception")),
+        data=data,
         num_real=number,
         num_generated=number,
         resize=f"{config['data']['resolution']} {config['data']['crop']}",
@@ -34,13 +37,26 @@ def score_card(config: Config, scores: dict[str, float]) -> dict[str, Any]:
 
 
 def folder_card(
-    scores: dict[str, float], evaluator_hash: str, num_real: int, num_generated: int, resolution: int
+    scores: dict[str, float], extractors: dict[str, str], data: str, num_real: int, num_generated: int, resolution: int
 ) -> dict[str, Any]:
-    """The card of the scores of a folder of pictures."""
+    """The card of the scores of a folder of pictures.
+
+    Args:
+        extractors: of `extractor_hashes`.
+        data: fingerprint of the validation set.
+    """
     fields = ScoreFingerprint(
-        evaluator_hash, num_real, num_generated, f"{resolution} center", None, None, None, None, None
+        extractors, data, num_real, num_generated, f"{resolution} center", None, None, None, None, None
     )
     return _card(scores, fields, {"num_real": num_real, "num_generated": num_generated})
+
+
+def extractor_hashes(part: Mapping[str, Any], inception: str | None) -> dict[str, str]:
+    """Hashes of what judges, by the names that metrics have."""
+    parts = {"evaluator": "evaluator", "cnn": "classifier"}
+    cards = {name: read_component(Path(part[kind]), kind).card for name, kind in parts.items() if part.get(kind)}
+    hashes = {name: str(card["sha256"]) for name, card in cards.items()}
+    return hashes if inception is None else {**hashes, "inception": INCEPTION_SHA256}
 
 
 def _card(scores: dict[str, float], fields: ScoreFingerprint, counts: dict[str, int]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from carrara.build import build_scores, load_trained, set_sampling
 from carrara.callback.generation import PictureScores
 from carrara.callback.score import Setting
+from carrara.classifier.cnn import CNN
 from carrara.component import load_component
 from carrara.config import Config, build, load_yaml
 from carrara.data.decode import DecodeError, decode_caption, decode_image
@@ -22,7 +23,7 @@ from carrara.evaluator.clip import CLIP
 from carrara.metric.extractor import InceptionExtractor
 from carrara.precision import choose_precision, local_device
 from carrara.rank import rank_main
-from carrara.score_card import folder_card, score_card
+from carrara.score_card import extractor_hashes, folder_card, score_card
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -54,7 +55,7 @@ def run(out: Path) -> None:
 
 
 def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
-    config, model, modules = load_trained(Path(order["run"]))
+    config, model, modules = load_trained(Path(order["run"]), order["part"]["classifier"])
     set_sampling(config, Path(order["conf_dir"]), order["sampler"], order["num_steps"], order["guidance_scale"])
     score = config["callback"]["score"]
     given = {key: order[key] for key in ("num_images", "seed", "batch_size", "inception") if order[key] is not None}
@@ -65,15 +66,19 @@ def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str,
     scores: dict[str, float] = {}
     for one in build_scores(config, data, modules):
         scores |= one(model, where)
-    return score_card(config, scores)
+    return score_card(config, data.validation.fingerprint, scores)
 
 
 def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
     data: ShardData = build(order["data"])
     where = setting(data)
-    evaluator, evaluator_card = load_component(Path(order["part"]["evaluator"]), "evaluator")
-    assert isinstance(evaluator, CLIP)
-    inception = None if order["inception"] is None else InceptionExtractor(order["inception"]).to(where.device)
+    part, device = order["part"], where.device
+    evaluator, classifier = (
+        None if part[kind] is None else load_component(Path(part[kind]), kind)[0].to(device)
+        for kind in ("evaluator", "classifier")
+    )
+    assert isinstance(evaluator, CLIP | None) and isinstance(classifier, CNN | None)
+    inception = None if order["inception"] is None else InceptionExtractor(order["inception"]).to(device)
     files = sorted(p for p in Path(order["images"]).iterdir() if p.suffix.lower() in _SUFFIXES)
     files = [p for p in files if p.stem not in ("grid", "strip")][: order["num_images"]]
     if len(files) < 2:
@@ -81,8 +86,9 @@ def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[s
             f"images={order['images']} holds {len(files)} pictures ({', '.join(_SUFFIXES)}); two are needed"
         )
     captioned = all(p.with_suffix(".txt").is_file() for p in files)
-    check, device = data.prompt_check, where.device
-    judge = PictureScores(evaluator.to(device), inception, check, len(files), device, captioned)
+    judge = PictureScores(evaluator, classifier, inception, data.prompt_check, len(files), device, captioned)
+    if not judge.metrics:
+        raise UserError("nothing judges these pictures: give part.evaluator=…, part.classifier=… or inception=…")
     resolution = data.decoding.resolution
     for chunk in where.chunks(np.arange(len(files)), order["batch_size"]):
         pictures = torch.stack([_picture(files[k], resolution) for k in chunk.tolist()]).to(device)
@@ -94,7 +100,8 @@ def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[s
         batch = data.validation.take(chunk)
         with where.autocast():
             judge.add_real(batch["images"].to(where.device), batch["positions"])
-    return folder_card(judge.compute(), evaluator_card["sha256"], len(real), len(files), resolution)
+    extractors = extractor_hashes(part, order["inception"])
+    return folder_card(judge.compute(), extractors, data.validation.fingerprint, len(real), len(files), resolution)
 
 
 def _picture(path: Path, resolution: int) -> torch.Tensor:

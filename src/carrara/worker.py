@@ -24,7 +24,7 @@ from carrara.callback.evaluation import Evaluation
 from carrara.callback.export import Export
 from carrara.callback.log import JsonLines, Wandb
 from carrara.callback.progress import Progress
-from carrara.callback.vocabulary import Vocabulary
+from carrara.callback.vocabulary import LearnVocabularies
 from carrara.config import Config, build, fingerprint
 from carrara.data.module import ShardData
 from carrara.precision import choose_precision
@@ -113,7 +113,7 @@ def _callbacks(
         yield from itertools.islice((batch["images"] for batch in batches), -(-_MEASURED_IMAGES // batch_size))
 
     return [
-        Vocabulary(lambda: data.captions(_VOCABULARY_CAPTIONS)),
+        LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS)),
         ema,
         evaluation,
         Progress(settings["log_steps"], batch_size, evaluation, node["headline"]),
@@ -131,7 +131,7 @@ def _callbacks(
             ema,
             evaluation,
             card,
-            partial(score_card, config),
+            partial(score_card, config, data.validation.fingerprint),
         ),
     ]
 

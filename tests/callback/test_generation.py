@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from carrara.callback.generation import DISTANCES, Generation, PictureScores
+from carrara.callback.generation import Generation, PictureScores
 from carrara.diffusion.guidance import ClassifierFree
 from carrara.diffusion.sampler import Ancestral, Euler
+from carrara.metric.extractor import OwnExtractor
 from carrara.metric.float64_metric import Float64Metric
-from tests.tiny import awake, clip, diffusion_model, setting
+from tests.tiny import awake, classifier_model, clip, diffusion_model, setting
 
 
 def generation(**changes) -> Generation:
@@ -24,6 +25,7 @@ def generation(**changes) -> Generation:
         "resolution": 8,
         "inception": None,
         "evaluator": clip().eval(),
+        "classifier": None,
         "check": None,
     }
     return Generation(**settings | changes)
@@ -47,6 +49,19 @@ def test_every_score_has_its_name():
     names |= {"prompt_accuracy/all", "prompt_accuracy/color"}
     assert scores.keys() == {f"{prefix}{name}" for prefix in ("val/", "val_seen/") for name in names}
     assert scores["val/num_images"] == 6 and scores["val/fd_evaluator"] > 0
+
+
+def test_each_extractor_has_its_own_names():
+    classifier = classifier_model(["disc", "cube"]).classifier.eval()
+    own = generation(classifier=classifier, evaluator=None)(model(), setting(16))
+    assert own.keys() == {f"val{p}/{name}" for p in ("", "_seen") for name in ("fd_cnn", "kd_cnn", "num_images")}
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    inception = OwnExtractor(lambda x: x.mean((2, 3)), 3)
+    judge = PictureScores(None, None, inception, None, 4, torch.device("cpu"))
+    judge.add_real(images, torch.arange(4))
+    judge.add_generated(255 - images, ["a"] * 4, torch.arange(4))
+    scores = judge.compute()
+    assert scores.keys() == {"fid_inception", "kd_inception"} and scores["fid_inception"] > 0
 
 
 def test_without_evaluator_and_parser_there_is_nothing_to_score():
@@ -110,8 +125,8 @@ def test_other_ranks_leave_nothing(tmp_path):
 
 
 def test_pictures_without_captions_get_distances_only():
-    judge = PictureScores(clip(), None, all_red, 4, torch.device("cpu"), captioned=False)
-    assert set(judge.metrics) == {"fd_evaluator", "kd_evaluator"} < set(DISTANCES)
+    judge = PictureScores(clip(), None, None, all_red, 4, torch.device("cpu"), captioned=False)
+    assert set(judge.metrics) == {"fd_evaluator", "kd_evaluator"}
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
         judge.add_real(images, torch.arange(4))

@@ -52,6 +52,8 @@ def test_shards_hold_samples_in_the_layout_of_laion(tmp_path):
     scene = facts["scene"]
     objects = tuple(Object(**thing) for thing in scene["objects"])
     assert Scene(scene["background"], objects, scene["relation"]) == drawn.scenes[0]
+    assert facts["shape"] == ", ".join(thing.shape for thing in objects)
+    assert facts["color"] == ", ".join(thing.color for thing in objects)
 
 
 def test_validation_says_what_is_held_out(tmp_path):

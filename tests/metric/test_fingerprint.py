@@ -6,7 +6,8 @@ import pytest
 from carrara.metric.fingerprint import ScoreFingerprint, few_images_warning, score_fingerprint
 
 FIELDS = ScoreFingerprint(
-    extractor="f58c",
+    extractors={"inception": "f58c"},
+    data="d1",
     num_real=1000,
     num_generated=1000,
     resize="inside",
@@ -20,14 +21,15 @@ FIELDS = ScoreFingerprint(
 
 def test_is_the_same_in_every_process_and_version():
     digest, values = score_fingerprint(FIELDS)
-    assert digest == "3d5d48e1f7bb"
+    assert digest == "bec23d30f125"
     assert values == {**vars(FIELDS), "guidance_scale": 7.0}
     assert score_fingerprint(replace(FIELDS, guidance_scale=7.0))[0] == digest
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ScoreFingerprint)])
 def test_every_field_counts(name):
-    other: Any = "other" if isinstance(getattr(FIELDS, name), str) else 3
+    others: dict[type, Any] = {str: "other", dict: {"inception": "other"}}
+    other = others.get(type(getattr(FIELDS, name)), 3)
     assert score_fingerprint(replace(FIELDS, **{name: other}))[0] != score_fingerprint(FIELDS)[0]
 
 

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from carrara.callback.score import Setting, prefix
+from carrara.classifier.cnn import CNN
 from carrara.diffusion.guidance import ClassifierFree
 from carrara.diffusion.sampler import Sampler
 from carrara.evaluator.clip import CLIP
 from carrara.metric.clip_score import CLIPScore
-from carrara.metric.extractor import FeatureExtractor, InceptionExtractor
+from carrara.metric.extractor import FeatureExtractor, InceptionExtractor, OwnExtractor, distance_names
 from carrara.metric.frechet import FrechetDistance
 from carrara.metric.kernel_distance import KernelDistance
 from carrara.metric.prompt_accuracy import Check, PromptAccuracy
@@ -22,8 +23,6 @@ from carrara.model.diffusion import DiffusionModel
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
 from carrara.pipeline.text_to_image import TextToImage, Watch
 
-DISTANCES = ("fd_evaluator", "kd_evaluator", "fid_inception")  # of two sets of pictures, no captions read
-
 
 @dataclass
 class PictureScores:
@@ -31,7 +30,8 @@ class PictureScores:
 
     Args:
         evaluator: embeds pictures and captions; its own features give `fd_evaluator` and `kd_evaluator`.
-        inception: features for `fid_inception`; None where the user gave no weights.
+        classifier: its features give `fd_cnn` and `kd_cnn`; None to go without.
+        inception: features for `fid_inception` and `kd_inception`; None where the user gave no weights.
         check: see `PromptAccuracy`; None where no parser reads the data.
         num_images: how many pictures there will be.
         device: of the metrics.
@@ -39,6 +39,7 @@ class PictureScores:
     """
 
     evaluator: CLIP | None
+    classifier: CNN | None
     inception: FeatureExtractor | None
     check: Check | None
     num_images: int
@@ -47,45 +48,47 @@ class PictureScores:
     metrics: dict[str, Metric] = field(init=False)
 
     def __post_init__(self) -> None:
-        metrics: dict[str, Metric] = {}
+        self._extractors: dict[str, FeatureExtractor] = {}
         if self.evaluator is not None:
-            width = self.evaluator.embedding_width
-            metrics["fd_evaluator"] = FrechetDistance(width, self.num_images)
-            metrics["kd_evaluator"] = KernelDistance(width)
-            metrics["clip_score"] = CLIPScore()
-            metrics["r_precision"] = RPrecision(width)
+            self._extractors["evaluator"] = OwnExtractor(self.evaluator.embed_images, self.evaluator.embedding_width)
+        if self.classifier is not None:
+            self._extractors["cnn"] = OwnExtractor(self.classifier.features, self.classifier.feature_dim)
         if self.inception is not None:
-            metrics["fid_inception"] = FrechetDistance(self.inception.feature_dim, self.num_images)
-        if self.check is not None:
+            self._extractors["inception"] = self.inception
+        metrics: dict[str, Metric] = {}
+        for name, extractor in self._extractors.items():
+            frechet, kernel = distance_names(name)
+            metrics[frechet] = FrechetDistance(extractor.feature_dim, self.num_images)
+            metrics[kernel] = KernelDistance(extractor.feature_dim)
+        if self.evaluator is not None and self.captioned:
+            metrics["clip_score"] = CLIPScore()
+            metrics["r_precision"] = RPrecision(self.evaluator.embedding_width)
+        if self.check is not None and self.captioned:
             metrics["prompt_accuracy"] = PromptAccuracy(self.check)
-        if not self.captioned:
-            metrics = {name: metric for name, metric in metrics.items() if name in DISTANCES}
         self.metrics = {name: metric.to(self.device) for name, metric in metrics.items()}
 
     def add_real(self, images: Tensor, index: Tensor) -> None:
         """Add real pictures, uint8 (B, 3, R, R), with unique indices (B,)."""
-        if self.evaluator is not None:
-            features = self.evaluator.embed_images(images.float() / 127.5 - 1)
-            self.metrics["fd_evaluator"].update(features, True)
-            self.metrics["kd_evaluator"].update(features, index, True)
-        if self.inception is not None:
-            self.metrics["fid_inception"].update(self.inception(images), True)
+        self._add(images, index, real=True)
 
     def add_generated(self, images: Tensor, captions: list[str], index: Tensor) -> None:
         """Add generated pictures, uint8 (B, 3, R, R), with unique indices (B,)."""
+        features = self._add(images, index, real=False)
         m = self.metrics
-        if self.inception is not None:
-            m["fid_inception"].update(self.inception(images), False)
-        if self.evaluator is not None:
-            features = self.evaluator.embed_images(images.float() / 127.5 - 1)
-            m["fd_evaluator"].update(features, False)
-            m["kd_evaluator"].update(features, index, False)
-            if self.captioned:
-                texts = self.evaluator.embed_texts(captions)
-                m["clip_score"].update(features, texts)
-                m["r_precision"].update(features, texts, captions, index)
-        if self.check is not None and self.captioned:
+        if self.evaluator is not None and self.captioned:
+            texts = self.evaluator.embed_texts(captions)
+            m["clip_score"].update(features["evaluator"], texts)
+            m["r_precision"].update(features["evaluator"], texts, captions, index)
+        if "prompt_accuracy" in m:
             m["prompt_accuracy"].update(captions, images)
+
+    def _add(self, images: Tensor, index: Tensor, real: bool) -> dict[str, Tensor]:
+        features = {name: extractor(images) for name, extractor in self._extractors.items()}
+        for name, values in features.items():
+            frechet, kernel = distance_names(name)
+            self.metrics[frechet].update(values, real)
+            self.metrics[kernel].update(values, index, real)
+        return features
 
     def compute(self) -> dict[str, float]:
         """All scores, over all ranks."""
@@ -104,8 +107,7 @@ STRIP_ROWS = 4
 
 
 class Generation:
-    """Logs `val/fd_evaluator`, `val/kd_evaluator`, `val/clip_score`, `val/r_precision`, `val/prompt_accuracy/…` and,
-    where there are weights, `val/fid_inception`; leaves a grid and the strip from noise to picture.
+    """Logs the scores of `PictureScores` for each split; leaves a grid and the strip from noise to picture.
 
     Args:
         sampler, guidance, num_steps, seed: how the pictures are made.
@@ -113,9 +115,8 @@ class Generation:
         batch_size: pictures in a chunk.
         num_frames: columns of the strip.
         resolution: of the pictures.
-        evaluator: see `PictureScores`.
         inception: the path of the weights for `val/fid_inception`; None to go without.
-        check: see `PictureScores`.
+        evaluator, classifier, check: see `PictureScores`.
     """
 
     def __init__(
@@ -130,12 +131,13 @@ class Generation:
         resolution: int,
         inception: str | None,
         evaluator: CLIP | None,
+        classifier: CNN | None,
         check: Check | None,
     ):
         self.sampler, self.guidance, self.num_steps, self.seed = sampler, guidance, num_steps, seed
         self.num_images, self.batch_size, self.num_frames = num_images, batch_size, num_frames
         self.resolution = resolution
-        self.evaluator, self.check = evaluator, check
+        self.evaluator, self.classifier, self.check = evaluator, classifier, check
         self.inception = None if inception is None else InceptionExtractor(inception)
 
     def __call__(self, model: Model, setting: Setting) -> dict[str, float]:
@@ -144,13 +146,15 @@ class Generation:
 
     def score(self, pipeline: TextToImage, setting: Setting) -> dict[str, float]:
         """The scores of a pipeline's pictures; every rank calls it."""
-        for module in (self.evaluator, self.inception):
+        for module in (self.evaluator, self.classifier, self.inception):
             if isinstance(module, nn.Module):
                 module.to(setting.device)
         scores: dict[str, float] = {}
         for split, indices in setting.validation.splits.items():
             indices = indices[: self.num_images]
-            judge = PictureScores(self.evaluator, self.inception, self.check, len(indices), setting.device)
+            judge = PictureScores(
+                self.evaluator, self.classifier, self.inception, self.check, len(indices), setting.device
+            )
             for chunk in setting.chunks(indices, self.batch_size):
                 batch = setting.validation.take(chunk)
                 first = chunk[0] == indices[0] and setting.samples_dir is not None

@@ -1,15 +1,15 @@
-"""Tokenizers learn their vocabulary before the first step: once, on rank 0."""
+"""Vocabularies are learned before the first step: once, on rank 0."""
 
 from collections.abc import Callable, Iterable
 
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from carrara.network.tokenizer import Tokenizer
+from carrara.network.vocabulary import Vocabulary
 
 
-class Vocabulary(Callback):
-    """Trains every tokenizer of the model that has no vocabulary yet, and gives it to all ranks.
+class LearnVocabularies(Callback):
+    """Trains every vocabulary of the model that has not been trained yet, and gives it to all ranks.
 
     Args:
         captions: gives the training captions, in one order.
@@ -20,7 +20,7 @@ class Vocabulary(Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for module in pl_module.modules():
-            if isinstance(module, Tokenizer) and not module.trained:
+            if isinstance(module, Vocabulary) and not module.trained:
                 if trainer.is_global_zero:
                     module.train_on(self.captions())
                 module.set_extra_state(trainer.strategy.broadcast(module.get_extra_state()))

@@ -1,4 +1,4 @@
-"""`python evaluate.py run=DIR` or `images=DIR evaluator=PART`: scores with their fingerprint."""
+"""`python evaluate.py run=DIR` or `images=DIR`: scores with their fingerprint."""
 
 import json
 import logging
@@ -50,9 +50,9 @@ def _checked(composed: Composed, overrides: list[str]) -> Config:
     order = composed.config
     runs_dir = Path(order["runs_dir"])
     if (order["run"] is None) == (order["images"] is None):
-        raise UserError("say what to score: run=DIR, or images=DIR with part.evaluator=PART")
+        raise UserError("say what to score: run=DIR, or images=DIR with part.evaluator=PART to judge")
     if order["run"] is not None:
-        given = [o for o in overrides if o.lstrip("+").startswith(("data", "size", "part."))]
+        given = [o for o in overrides if o.lstrip("+").startswith(("data", "size", "part.evaluator"))]
         if given:
             raise UserError(f"{given[0]}: a run is scored on its own data by its own evaluator; leave it out")
         order["run"] = str(find_run(str(order["run"]), runs_dir))
@@ -60,9 +60,9 @@ def _checked(composed: Composed, overrides: list[str]) -> Config:
     else:
         if not Path(str(order["images"])).is_dir():
             raise UserError(f"images={order['images']} is no folder")
-        if order["part"]["evaluator"] is None:
-            raise UserError("images=DIR needs part.evaluator=PART, the folder of the evaluator that judges")
-        order["part"]["evaluator"] = str(find_component(order["part"]["evaluator"], "evaluator", runs_dir))
         out = Path(order["images"]) / "scores"
+    for kind, reference in order["part"].items():
+        if reference is not None:
+            order["part"][kind] = str(find_component(str(reference), kind, runs_dir))
     order["out"] = str(order["out"] or out)
     return order

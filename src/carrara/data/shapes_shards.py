@@ -2,7 +2,8 @@
 
 `train-000000.tar …` and `val-000000.tar …` hold `KEY.png`, `KEY.txt` and `KEY.json` for every sample.
 Validation has first the captions with a held-out combination, then captions whose combinations are in
-training; the JSON says which ("split": "held_out" or "seen") and what the picture shows ("scene").
+training; the JSON says which ("split": "held_out" or "seen"), what the picture shows ("scene"), and the labels a
+classifier can learn ("shape", "color").
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webdataset import TarWriter
 
-from carrara.data.shapes import Examples, Split, examples
+from carrara.data.shapes import Examples, Scene, Split, examples
 from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,13 @@ def _holds(folder: Path, card: dict[str, object]) -> bool:
 def _drawing_fingerprint() -> str:
     """Differs once the same arguments give other pictures or captions than when a folder was written."""
     drawn = examples(0, "train", range(64))
-    return hashlib.sha256(drawn.images.tobytes() + "\n".join(drawn.captions).encode()).hexdigest()[:16]
+    texts = [*drawn.captions, *(label for scene in drawn.scenes for label in labels(scene).values())]
+    return hashlib.sha256(drawn.images.tobytes() + "\n".join(texts).encode()).hexdigest()[:16]
+
+
+def labels(scene: Scene) -> dict[str, str]:
+    """Of all objects, the first first: "shape" (42 different ones) and "color"."""
+    return {key: ", ".join(getattr(thing, key) for thing in scene.objects) for key in ("shape", "color")}
 
 
 def _write_shard(path: Path, samples: list[tuple[Split, int]], seed: int, resolution: int, pair_share: float) -> None:
@@ -131,6 +138,7 @@ def _members(key: str, split: Split, drawn: Examples, row: int) -> dict[str, str
         "sha256": hashlib.sha256(image).hexdigest(),
         "split": split,
         "scene": asdict(drawn.scenes[row]),
+        **labels(drawn.scenes[row]),
     }
     return {"__key__": key, "png": image, "txt": text.encode(), "json": json.dumps(facts).encode()}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +72,14 @@ class ValidationSet:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the shards' contents as scanned, which samples are taken of them, and how they are decoded."""
+        reader, decoding = self._samples.reader, self._samples.decoding
+        shards = [[s.name, s.bytes, s.num_samples, s.digest] for s in reader.manifest.shards]
+        facts = json.dumps([shards, asdict(decoding)]).encode() + self._ids.tobytes()
+        return hashlib.sha256(facts).hexdigest()[:16]
 
     def batch(self, start: int, stop: int) -> Batch:
         """As the loader's, of the indices start ... stop - 1 (cut at the end); `positions` are indices."""

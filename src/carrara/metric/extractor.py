@@ -1,7 +1,9 @@
-"""Feature extractors from files: the Inception network of the published FID scores."""
+"""What pictures are compared in: features of our own networks, and of the Inception network of published FID scores."""
 
 import hashlib
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -16,14 +18,28 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 
 
 class FeatureExtractor(Protocol):
-    """uint8 images (B, 3, H, W) -> features (B, feature_dim) float32. Its name is part of the metric's name
-    (`fid_inception`, `fd_cnn`), its hash of the score's fingerprint."""
+    """uint8 images (B, 3, H, W) -> features (B, feature_dim)."""
 
-    name: str
-    feature_dim: int
-    hash: str
+    @property
+    def feature_dim(self) -> int: ...
 
     def __call__(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class OwnExtractor:
+    """Features of a network of ours, which takes images in [−1, 1]."""
+
+    features: Callable[[Tensor], Tensor]
+    feature_dim: int
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.features(images.float() / 127.5 - 1)
+
+
+def distance_names(extractor: str) -> tuple[str, str]:
+    """Names of the Fréchet and kernel distance in an extractor's features; FID is Inception's alone."""
+    return ("fid_inception" if extractor == "inception" else f"fd_{extractor}"), f"kd_{extractor}"
 
 
 class InceptionExtractor(nn.Module):
@@ -33,12 +49,10 @@ class InceptionExtractor(nn.Module):
     Raises UserError if the file is missing, is not that file or does not load: there is no fallback network.
     """
 
-    name = "inception"
     feature_dim = 2048
 
     def __init__(self, path: str | Path, sha256: str = INCEPTION_SHA256) -> None:
         super().__init__()
-        self.hash = sha256
         file = Path(path)
         if not file.is_file():
             raise UserError(f"no Inception weights at {file}: download {INCEPTION_URL} and put the file there")

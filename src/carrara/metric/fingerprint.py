@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 RECOMMENDED_IMAGES = 10_000
 
@@ -11,12 +12,14 @@ RECOMMENDED_IMAGES = 10_000
 class ScoreFingerprint:
     """Everything that shapes a score besides the model. None where it does not apply (a folder of images).
 
-    extractor: the extractor's hash. num_real, num_generated: images counted, over all ranks. resize: how
+    extractors: the hash of each by its name ("evaluator", "cnn", "inception"). data: fingerprint of the real
+    images and captions. num_real, num_generated: images counted, over all ranks. resize: how
     images came to the extractor's input ("none", "inside", "64 bicubic antialias", ...). sampler, num_steps,
     guidance_scale (1 = off), ema (whether averaged weights were used), seed: how they were generated.
     """
 
-    extractor: str
+    extractors: dict[str, str]
+    data: str
     num_real: int
     num_generated: int
     resize: str
@@ -27,7 +30,7 @@ class ScoreFingerprint:
     seed: int | None
 
 
-def score_fingerprint(fields: ScoreFingerprint) -> tuple[str, dict[str, str | int | float | bool | None]]:
+def score_fingerprint(fields: ScoreFingerprint) -> tuple[str, dict[str, Any]]:
     """A 12-digit hash of the fields, the same in every process and version, and the fields themselves."""
     values = asdict(fields)
     if fields.guidance_scale is not None:

@@ -5,17 +5,16 @@ from collections.abc import Iterable
 import torch
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
+from torch import Tensor
+
+from carrara.network.vocabulary import Vocabulary
 
 SPECIAL_TOKENS = ["<pad>", "<start>", "<end>"]
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(Vocabulary):
     """Byte-level BPE (Sennrich et al. 2016) between a start and an end token, lower-cased, NFKC-normalised.
-
-    It is a module without parameters so that it travels inside the state dict of whatever reads it: one file holds
-    the weights and the vocabulary they belong to.
 
     Args:
         vocab_size: the most token ids it may use; bytes and special tokens alone are 259.
@@ -35,7 +34,6 @@ class Tokenizer(nn.Module):
         return self._backend is not None
 
     def train_on(self, captions: Iterable[str]) -> None:
-        """Learn the vocabulary; the same captions in the same order give the same ids."""
         backend = BackendTokenizer(models.BPE())
         backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -67,10 +65,9 @@ class Tokenizer(nn.Module):
         backend.enable_padding(pad_id=backend.token_to_id("<pad>"), pad_token="<pad>")
         self._backend = backend
 
-    def get_extra_state(self) -> Tensor:
-        text = "" if self._backend is None else self._backend.to_str()
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+    def to_text(self) -> str:
+        assert self._backend is not None
+        return self._backend.to_str()
 
-    def set_extra_state(self, state: Tensor) -> None:
-        if state.numel():
-            self._set(BackendTokenizer.from_str(bytes(state.tolist()).decode()))
+    def from_text(self, text: str) -> None:
+        self._set(BackendTokenizer.from_str(text))
