@@ -18,7 +18,7 @@ PACKAGES = (
     "evaluator", "metric", "model", "network", "pipeline",
 )  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
-ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+ACCELERATORS = ("auto", "cpu", "gpu")  # not mps: it has no float64, which the metrics need
 
 _TARGET = re.compile(rf"carrara\.({'|'.join(PACKAGES)})(\.[A-Za-z]\w*)+")
 

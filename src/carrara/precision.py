@@ -16,7 +16,7 @@ def choose_precision(setting: str, accelerator: str) -> tuple[str, str]:
     """
     if setting != "auto":
         return setting, "trainer.precision"
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", f"{torch.cuda.get_device_name()} has bfloat16"
         return "32-true", f"{torch.cuda.get_device_name()} has no bfloat16"
@@ -34,8 +34,8 @@ def default_device() -> torch.device:
 
 def local_device(accelerator: str) -> torch.device:
     """This rank's device under `trainer.accelerator`."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
-    return torch.device("mps" if accelerator == "mps" else "cpu")
+    return torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from carrara.component import CARD
+from carrara.component import CARD, read_component
 from carrara.config import Config, check, fingerprint, load_yaml, save_yaml
 from carrara.errors import UserError
 
@@ -77,8 +77,11 @@ def component_folder(folder: Path) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    """A run is finished when its part has been exported."""
-    return (component_folder(folder) / CARD).is_file()
+    """A run is finished when its part has been exported after its last step; one made longer is not, until then."""
+    if not (component_folder(folder) / CARD).is_file():
+        return False
+    steps = read_component(component_folder(folder)).card["steps"]
+    return bool(steps >= load_config(folder)["trainer"]["max_steps"])
 
 
 @contextmanager

@@ -118,7 +118,7 @@ WORKER = """
             raise SystemExit(3)
         if os.environ["RANK"] == "0":
             node = config["autoencoder"]
-            card = {"fingerprint": "", "data": {}, "scores": {}}
+            card = {"fingerprint": "", "data": {}, "scores": {}, "steps": config["trainer"]["max_steps"]}
             save_component(component_folder(folder), "autoencoder", node, build(node), card)
 
     if __name__ == "__main__":

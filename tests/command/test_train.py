@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -80,7 +81,8 @@ class Started(list[tuple[Path, int]]):
             raise self.failure
         component = run_folder.component_folder(folder)
         component.mkdir(exist_ok=True)
-        (component / "card.json").write_text('{"kind": "autoencoder", "sha256": ""}')
+        card = {"kind": "autoencoder", "sha256": "", "steps": load_yaml(folder / "config.yaml")["trainer"]["max_steps"]}
+        (component / "card.json").write_text(json.dumps(card))
         (component / "config.yaml").write_text("latent_channels: 3\n")
 
     @property
@@ -236,8 +238,14 @@ def test_a_run_is_resumed_in_its_folder(conf, started):
     assert (config["seed"], config["trainer"]["max_steps"], config["resume"]) == (5, 9, None)
     with pytest.raises(UserError, match="is finished"):
         train.main(conf, [f"resume={folder}"])
-    train.main(conf, [f"resume={folder}", "trainer.max_steps=12"])
-    assert started[2] == (folder, 2)
+    started.failure = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        train.main(conf, [f"resume={folder}", "trainer.max_steps=12"])
+    started.failure = None
+    train.main(conf, [f"resume={folder}"])  # stopped on the longer way: not finished, though it has been exported
+    assert started.folders == [folder] * 4
+    with pytest.raises(UserError, match="is finished"):
+        train.main(conf, [f"resume={folder}"])
 
 
 @pytest.mark.parametrize(
