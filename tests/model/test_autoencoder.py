@@ -93,6 +93,14 @@ def gradients(module) -> list[torch.Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
 
 
+def test_validation_leaves_the_discriminator_out():
+    torch.manual_seed(0)
+    model = autoencoder_model(adversarial_weight=0.1)
+    losses = model.loss(batch(range(2)), torch.zeros(2))
+    assert losses.keys() == set(model.loss_names) == {"loss", "reconstruction", "kl"}
+    torch.testing.assert_close(losses["loss"], losses["reconstruction"] + model.kl_weight * losses["kl"])
+
+
 def test_without_weight_there_is_no_discriminator():
     assert autoencoder_model().discriminator is None
 
@@ -100,7 +108,7 @@ def test_without_weight_there_is_no_discriminator():
 def test_hinge_losses_are_those_of_the_paper():
     model, one = adversarial(), batch(range(2), 16)
     losses = model.loss(one)
-    assert tuple(losses) == model.loss_names
+    assert losses.keys() == {*model.loss_names, "generator", "discriminator"}
     assert model.discriminator is not None
     mean, logvar = model.autoencoder.posterior(model.images(one))
     noise = model.normal(one, "posterior", tuple(mean.shape[1:]))

@@ -61,9 +61,8 @@ class AutoencoderModel(Model):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        adversarial = ("generator", "discriminator") if self.discriminator is not None else ()
         perceptual = ("perceptual",) if self.perceptual is not None else ()
-        return ("loss", "reconstruction", "kl", *perceptual, *adversarial)
+        return ("loss", "reconstruction", "kl", *perceptual)
 
     @property
     def hot(self) -> list[nn.Module]:
@@ -82,7 +81,7 @@ class AutoencoderModel(Model):
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual.distance(reconstruction, images).mean()
             loss = loss + self.perceptual_weight * losses["perceptual"]
-        if self.discriminator is not None:
+        if self.discriminator is not None and u is None:  # not in validation: it is a moving judge, and not exported
             losses |= self._adversarial(self.discriminator, images, reconstruction)
             active = float(self.global_step >= self.adversarial_start)
             loss = loss + active * self.adversarial_weight * losses["generator"] + losses["discriminator"]
