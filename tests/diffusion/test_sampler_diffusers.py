@@ -25,7 +25,14 @@ def start() -> Tensor:
     return torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
 
-def ours(sampler: Sampler, target: Parameterization, x: Tensor, total: int, num_steps: int) -> list[Tensor]:
+def ours(
+    sampler: Sampler,
+    target: Parameterization,
+    x: Tensor,
+    total: int,
+    num_steps: int,
+    drawn: torch.dtype = torch.float64,
+) -> list[Tensor]:
     objective = Objective(Linear(num_steps=total), target, Uniform(), Unweighted())
     denoise = objective.denoiser(lambda x, time: network(x, time[0].item() * total / 1000))
     generator = torch.Generator().manual_seed(1)
@@ -35,7 +42,7 @@ def ours(sampler: Sampler, target: Parameterization, x: Tensor, total: int, num_
         x,
         objective.schedule,
         num_steps,
-        noise=lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype),
+        noise=lambda: torch.randn(x.shape, generator=generator, dtype=drawn),
         on_step=lambda k, t, x, x0_hat: trajectory.append(x),
     )
     return trajectory
@@ -88,18 +95,20 @@ def test_ddim(target, prediction_type, eta, num_steps):
 
 @TARGETS
 @pytest.mark.parametrize("num_steps", [2, 10, 40])
-def test_dpm_solver_pp_2m(target, prediction_type, num_steps):
+@pytest.mark.parametrize(("stochastic", "algorithm"), [(False, "dpmsolver++"), (True, "sde-dpmsolver++")])
+def test_dpm_solver_pp_2m(target, prediction_type, num_steps, stochastic, algorithm):
     x = start()
     scheduler = DPMSolverMultistepScheduler(
         1000,
         1e-4,
         0.02,
         solver_order=2,
-        algorithm_type="dpmsolver++",
+        algorithm_type=algorithm,
         solver_type="midpoint",
         lower_order_final=True,
         final_sigmas_type="zero",
         timestep_spacing="trailing",
         prediction_type=prediction_type,
     )
-    assert_same_steps(ours(DPMSolverPP2M(), target, x, 1000, num_steps), theirs(scheduler, x, num_steps))
+    steps = ours(DPMSolverPP2M(stochastic), target, x, 1000, num_steps, torch.float32)  # as diffusers draws here
+    assert_same_steps(steps, theirs(scheduler, x, num_steps))

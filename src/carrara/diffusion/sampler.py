@@ -148,11 +148,21 @@ class DPMSolverPP2M(Sampler):
 
     The first step and the last, to sigma = 0, are of first order. A step from alpha = 0 or to sigma = 0 is
     infinitely long in lambda = log(alpha / sigma), and its limit is taken.
+
+    With `stochastic` it solves the diffusion's SDE instead of the ODE (ib., SDE-DPM-Solver++(2M)): the noise of a
+    step is fresh, so that an early step that decided wrongly can be taken back. Without the second order that is
+    `Ancestral`.
     """
+
+    def __init__(self, stochastic: bool = False, spacing: Spacing = uniform) -> None:
+        super().__init__(spacing)
+        self.stochastic = stochastic
 
     def steps(
         self, denoise: Denoise, x: Tensor, levels: list[Level], noise: Noise | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.stochastic and noise is None:
+            raise ValueError("a stochastic sampler needs noise")
         before, h_before = None, math.inf
         for now, then in pairwise(levels):
             x0_hat = denoise(x, now.t)
@@ -160,6 +170,9 @@ class DPMSolverPP2M(Sampler):
             ahead = x0_hat
             if before is not None and math.isfinite(h):
                 ahead = x0_hat + h / (2 * h_before) * (x0_hat - before)
-            x = then.sigma / now.sigma * x - then.alpha * math.expm1(-h) * ahead
+            kept, span = (math.exp(-h), 2 * h) if self.stochastic else (1.0, h)
+            x = kept * then.sigma / now.sigma * x - then.alpha * math.expm1(-span) * ahead
+            if self.stochastic and noise is not None and then.sigma > 0:
+                x = x + then.sigma * math.sqrt(-math.expm1(-span)) * noise()
             before, h_before = x0_hat, h
             yield x, x0_hat

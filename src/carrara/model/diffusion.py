@@ -15,8 +15,8 @@ from carrara.network.caption_mean import CaptionMean
 class DiffusionModel(Model):
     """Latent diffusion (Rombach et al. 2022), trained by DDPM's Algorithm 1 with any schedule, target and times.
 
-    Minimises the objective, and with a `caption_mean_weight` also the error of `CaptionMean`, by which the text learns
-    in hundreds of steps what the objective alone teaches it in thousands. "loss" is the objective's value alone.
+    Minimises the objective, and with a `caption_mean_weight` also the error of `CaptionMean`, from which the text
+    learns the order of its objects much sooner (`experiments/README.md`). "loss" is the objective's value alone.
 
     Args:
         network: the noise predictor, network(x, time, conditioning) -> like x.

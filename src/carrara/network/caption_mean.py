@@ -10,9 +10,10 @@ from carrara.network.unet import TransformerBlock
 class CaptionMean(nn.Module):
     """Conditioning -> E[x0 | caption] on a coarse grid (B, C, grid, grid).
 
-    That is what the noise predictor has to know at t = 1, where x_t is all noise, but asked without the noise and at a
-    twentieth of the cost. Trained along, its error is the shortest way for a gradient to reach the text: which words
-    belong to the thing on the left. It is not needed afterwards and is not exported.
+    That is what the noise predictor has to know at t = 1, where x_t is all noise, but asked without the noise and for
+    little (a tenth of the demo's step, next to nothing of a large network's). Trained along, its error is the shortest
+    way for a gradient to reach the text: which words belong to the thing on the left. It is not needed afterwards and
+    is not exported.
 
     Args:
         channels: of x0.
