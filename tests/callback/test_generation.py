@@ -10,7 +10,7 @@ from carrara.diffusion.guidance import ClassifierFree
 from carrara.diffusion.sampler import Ancestral, Euler
 from carrara.metric.extractor import OwnExtractor
 from carrara.metric.float64_metric import Float64Metric
-from tests.tiny import awake, classifier_model, clip, diffusion_model, setting
+from tests.tiny import CAPTIONS, awake, classifier_model, clip, diffusion_model, setting
 
 
 def generation(**changes) -> Generation:
@@ -132,6 +132,19 @@ def test_pictures_without_captions_get_distances_only():
         judge.add_real(images, torch.arange(4))
         judge.add_generated(images, [], torch.arange(4))
     assert judge.compute()["fd_evaluator"] == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_scores_do_not_depend_on_the_autocast():
+    evaluator, images = clip(), torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    scores = []
+    for dtype in (torch.float32, torch.bfloat16):
+        judge = PictureScores(evaluator, None, None, None, 4, torch.device("cpu"))
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            judge.add_real(images[:4], torch.arange(4))
+            judge.add_generated(images[4:], CAPTIONS[:4], torch.arange(4))
+        scores.append(judge.compute())
+    assert scores[0] == scores[1]
 
 
 def test_the_sampler_and_its_steps_are_the_ones_asked_for():

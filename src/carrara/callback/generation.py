@@ -26,7 +26,7 @@ from carrara.pipeline.text_to_image import TextToImage, Watch
 
 @dataclass
 class PictureScores:
-    """The metrics of one set of generated pictures.
+    """The metrics of one set of generated pictures; features are float32 whatever the autocast.
 
     Args:
         evaluator: embeds pictures and captions; its own features give `fd_evaluator` and `kd_evaluator`.
@@ -76,19 +76,24 @@ class PictureScores:
         features = self._add(images, index, real=False)
         m = self.metrics
         if self.evaluator is not None and self.captioned:
-            texts = self.evaluator.embed_texts(captions)
+            with self._in_float32():
+                texts = self.evaluator.embed_texts(captions)
             m["clip_score"].update(features["evaluator"], texts)
             m["r_precision"].update(features["evaluator"], texts, captions, index)
         if "prompt_accuracy" in m:
             m["prompt_accuracy"].update(captions, images)
 
     def _add(self, images: Tensor, index: Tensor, real: bool) -> dict[str, Tensor]:
-        features = {name: extractor(images) for name, extractor in self._extractors.items()}
+        with self._in_float32():
+            features = {name: extractor(images) for name, extractor in self._extractors.items()}
         for name, values in features.items():
             frechet, kernel = distance_names(name)
             self.metrics[frechet].update(values, real)
             self.metrics[kernel].update(values, index, real)
         return features
+
+    def _in_float32(self) -> torch.autocast:
+        return torch.autocast(self.device.type, enabled=False)
 
     def compute(self) -> dict[str, float]:
         """All scores, over all ranks."""
