@@ -124,6 +124,15 @@ def test_other_ranks_leave_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@torch.no_grad()
+def test_pictures_of_one_caption_have_no_r_precision():
+    judge = PictureScores(clip(), None, None, None, 4, torch.device("cpu"))
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    judge.add_real(images, torch.arange(4))
+    judge.add_generated(images, CAPTIONS[:1] * 4, torch.arange(4))
+    assert judge.compute().keys() == {"fd_evaluator", "kd_evaluator", "clip_score"}
+
+
 def test_pictures_without_captions_get_distances_only():
     judge = PictureScores(clip(), None, None, all_red, 4, torch.device("cpu"), captioned=False)
     assert set(judge.metrics) == {"fd_evaluator", "kd_evaluator"}

@@ -96,10 +96,12 @@ class PictureScores:
         return torch.autocast(self.device.type, enabled=False)
 
     def compute(self) -> dict[str, float]:
-        """All scores, over all ranks."""
+        """All scores, over all ranks; no `r_precision` where all captions are the same."""
         scores: dict[str, float] = {}
         for name, metric in self.metrics.items():
             value: Any = metric.compute()
+            if isinstance(metric, RPrecision) and metric.num_candidates < 2:
+                continue
             if isinstance(value, dict):
                 scores |= {f"{name}/{key}": float(share) for key, share in value.items()}
             else:

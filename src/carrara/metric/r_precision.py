@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from carrara.errors import UserError
 from carrara.metric.embedding_pairs import EmbeddingPairs
 
 _CHUNK = 256  # pictures compared at once: bounds memory at 256 × captions
@@ -31,12 +30,12 @@ class RPrecision(EmbeddingPairs):
         return self._num_candidates
 
     def compute(self) -> Tensor:
-        """The share, a float64 scalar in [0, 1]. Raises UserError with fewer than two distinct captions."""
+        """The share, a float64 scalar in [0, 1]; nan with fewer than two distinct captions, of which none is chosen."""
         images, texts, caption, first = self.pairs()
         num_captions = len(first)
         self._num_candidates = min(self.max_candidates, num_captions)
         if self._num_candidates < 2:
-            raise UserError("R-precision needs at least 2 distinct captions: raise evaluation.num_images")
+            return torch.tensor(torch.nan, dtype=torch.float64, device=self.device)
         steps = torch.arange(self._num_candidates, device=caption.device)
         hits = 0
         for chunk, own in zip(images.split(_CHUNK), caption.split(_CHUNK), strict=True):
