@@ -24,11 +24,11 @@ _MALLOC = {
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what the agent handles
 
 
-def launch(folder: Path, devices: int, module: str = "carrara.worker", shutdown_s: int = 30) -> int:
+def launch(folder: Path, devices: int, module: str = "carrara.worker") -> int:
     """Runs `python -m module folder` in `devices` processes under torch.distributed's elastic agent.
 
     A process that fails takes the others with it, and its error is shown once. SIGTERM, SIGINT, SIGHUP and
-    SIGQUIT are handed to the processes, which have `shutdown_s` seconds to save what they have. Nothing is left
+    SIGQUIT are handed to the processes, which have 30 seconds to save what they have. Nothing is left
     running.
 
     Returns:
@@ -44,7 +44,6 @@ def launch(folder: Path, devices: int, module: str = "carrara.worker", shutdown_
             rdzv_endpoint="127.0.0.1:0",  # the agent holds the port: no race for a free one
             local_addr="127.0.0.1",
             max_restarts=0,
-            shutdown_timeout=shutdown_s,
             logs_specs=DefaultLogsSpecs(log_dir=errors),
             signals_to_handle=",".join(s.name for s in _SIGNALS),
         )
