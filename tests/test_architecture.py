@@ -38,7 +38,7 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
     assert optimizer_bytes(model) == sum(v.numel() * v.element_size() for v in states if isinstance(v, torch.Tensor))
 
 
-@pytest.mark.parametrize("model", ["latent_unet", "pixel_unet", "autoencoder", "evaluator"])
+@pytest.mark.parametrize("model", ["latent_unet", "pixel_unet", "autoencoder", "evaluator", "classifier"])
 @pytest.mark.parametrize("size", ["demo", "small", "base"])
 def test_every_models_network_fits_what_it_is_given(model, size):
     config = compose(CONF, "train", [f"model={model}", f"size={size}"]).config

@@ -64,7 +64,7 @@ def wait_for(path: Path) -> None:
 
 def test_ranks_know_their_world(tmp_path, monkeypatch):
     body = """
-        keys = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
+        keys = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_")
         (folder / f"world_{rank}").write_text(" ".join(os.environ[key] for key in keys))
     """
     folder = write_worker(tmp_path, body, monkeypatch)
@@ -72,8 +72,8 @@ def test_ranks_know_their_world(tmp_path, monkeypatch):
     assert launch(folder, 2, module="stub_worker") == 0
     threads = max(1, physical_cores() // 2)
     worlds = [(folder / f"world_{rank}").read_text() for rank in range(2)]
-    assert worlds == [f"2 {rank} 127.0.0.1 {threads}" for rank in range(2)]
-    assert "OMP_NUM_THREADS" not in os.environ
+    assert worlds == [f"2 {rank} 127.0.0.1 {threads} {2**32}" for rank in range(2)]
+    assert not {"OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
 
 
 def test_one_device_is_launched_the_same_way(tmp_path, monkeypatch):

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from carrara.autoencoder.base import Autoencoder
+from carrara.build import ARCHITECTURES
 from carrara.conditioner.base import Conditioner
 from carrara.config import Config, build
 from carrara.errors import UserError
 from carrara.network.conditioning import Conditioning
-
-_NODES = ("network", "conditioner", "autoencoder", "evaluator", "classifier")  # in the order a plan shows them
 
 
 def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
@@ -24,7 +23,7 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
     node = config["model"]
     parameters = inspect.signature(hydra.utils.get_object(node["_target_"])).parameters.values()
     with torch.device("meta"):
-        modules: dict[str, nn.Module] = {name: build(config[name]) for name in _NODES if _is_used(config, name)}
+        modules: dict[str, nn.Module] = {name: build(config[name]) for name in ARCHITECTURES if _is_used(config, name)}
         for name in (config.get("part") or {}).keys() & modules.keys():
             modules[name].requires_grad_(False)
         # what is neither a setting nor an architecture (an objective, say) has no parameters to count

@@ -20,7 +20,7 @@ from carrara.errors import UserError
 from carrara.model.base import Model
 from carrara.run_folder import component_folder, is_finished, load_config
 
-_ARCHITECTURES = ("network", "conditioner", "autoencoder", "evaluator", "classifier")
+ARCHITECTURES = ("network", "conditioner", "autoencoder", "evaluator", "classifier")  # in the order a plan shows them
 
 
 def build_objective(config: Config) -> Objective:
@@ -38,7 +38,7 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
     What the constructor asks for and the model's own node does not say is the node of that name.
     """
     modules: dict[str, nn.Module] = {}
-    for name in _ARCHITECTURES:
+    for name in ARCHITECTURES:
         reference = (config.get("part") or {}).get(name)
         if reference is not None:
             modules[name] = load_component(Path(reference), name)[0].requires_grad_(False)

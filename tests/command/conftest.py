@@ -45,37 +45,38 @@ TRAINED = """
     max_steps: ${trainer.max_steps}
     seed: ${seed}
 """  # noqa: E501
-AUTOENCODER = """
+MODEL = """
+    model:
+      _target_: carrara.model.autoencoder.AutoencoderModel
+      kl_weight: 1.0e-6
+      perceptual: null
+      perceptual_weight: 0.0
+      adversarial_weight: 0.0
+      adversarial_start: 0
+"""
+AUTOENCODER = (
+    """
     # @package _global_
     defaults: [/autoencoder: kl, /model/base: default]
     name: autoencoder
     seed: 11
     part: {}
     trainer: {batch_size: 8, max_steps: 3}
-    model:
-      _target_: carrara.model.autoencoder.AutoencoderModel
-      kl_weight: 1.0e-6
-      perceptual: null
-      perceptual_weight: 0.0
-      adversarial_weight: 0.0
-      adversarial_start: 0
 """
-LATENT = """
+    + MODEL
+)
+LATENT = (
+    """
     # @package _global_
     defaults: [/autoencoder: kl, /model/base: default]
     name: latent_unet
     part: {autoencoder: auto}
     trainer: {batch_size: 8, max_steps: 5}
-    model:
-      _target_: carrara.model.autoencoder.AutoencoderModel
-      kl_weight: 1.0e-6
-      perceptual: null
-      perceptual_weight: 0.0
-      adversarial_weight: 0.0
-      adversarial_start: 0
     network: {in_channels: '${autoencoder.latent_channels}'}
     callback: {num_images: 8}
 """
+    + MODEL
+)
 TRAINER = """
     devices: 1
     num_nodes: 1

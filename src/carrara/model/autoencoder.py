@@ -56,10 +56,6 @@ class AutoencoderModel(Model):
         self.adversarial_start = adversarial_start
 
     @property
-    def exported(self) -> nn.Module:
-        return self.autoencoder
-
-    @property
     def loss_names(self) -> tuple[str, ...]:
         perceptual = ("perceptual",) if self.perceptual is not None else ()
         return ("loss", "reconstruction", "kl", *perceptual)

@@ -36,8 +36,10 @@ class Model(lightning.LightningModule):
 
     @property
     def exported(self) -> nn.Module:
-        """The module that becomes the component."""
-        raise NotImplementedError
+        """The module that becomes the component: the attribute that its kind names."""
+        module = getattr(self, self.kind)
+        assert isinstance(module, nn.Module)
+        return module
 
     @property
     def hot(self) -> list[nn.Module]:

@@ -32,10 +32,6 @@ class ClassifierModel(Model):
         self.classifier = classifier
 
     @property
-    def exported(self) -> nn.Module:
-        return self.classifier
-
-    @property
     def hot(self) -> list[nn.Module]:
         return [self.classifier]
 

@@ -31,10 +31,6 @@ class EvaluatorModel(Model):
         self.evaluator = evaluator
 
     @property
-    def exported(self) -> nn.Module:
-        return self.evaluator
-
-    @property
     def hot(self) -> list[nn.Module]:
         return [self.evaluator.image_tower, self.evaluator.text_tower]
 
