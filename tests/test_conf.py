@@ -10,7 +10,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 CONF = Path(__file__).parents[1] / "conf"
-HYDRA_KEYS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
+HYDRA_KEYS = {"defaults", "_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 
 
 class FixedNoise:

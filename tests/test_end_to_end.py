@@ -216,7 +216,7 @@ def test_pixels_without_captions_or_evaluator(workplace: tuple[Path, Path], tmp_
     done = run(
         "train.py", *TINY, "experiment=ddpm", "conditioner=none", "data.caption=null", "part.evaluator=null",
         "size.pixel_unet.channels=[16,16,16]", "trainer.max_steps=2", "trainer.batch_size=4",
-        "callback.score.num_steps=2", f"runs_dir={tmp_path}/runs", cwd=cwd,
+        "diffusion.num_steps=2", f"runs_dir={tmp_path}/runs", cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "pixel_unet-shapes").iterdir()

@@ -19,7 +19,7 @@ PARTS = {"autoencoder", "classifier", "conditioner", "evaluator"}  # siblings: n
 BELOW_PIPELINE = FOUNDATION | {"diffusion", "network", "data", "metric", "model"} | PARTS
 COMMANDS = {
     "architecture", "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report",
-    "run_folder", "score_card", "scoring", "worker", "world",
+    "run_folder", "sampling", "score_card", "scoring", "worker", "world",
 }  # fmt: skip
 
 ALLOWED: dict[str, set[str]] = {

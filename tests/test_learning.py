@@ -9,10 +9,11 @@ from carrara.conditioner.text import Text
 from carrara.data import shapes
 from carrara.diffusion.objective import Objective
 from carrara.diffusion.parameterization import Epsilon
-from carrara.diffusion.schedule import Linear
+from carrara.diffusion.schedule_table import Linear
 from carrara.diffusion.time_sampling import Uniform
 from carrara.diffusion.weighting import Unweighted
 from carrara.model.diffusion import DiffusionModel
+from carrara.network.conditioning import Conditioning
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -66,12 +67,12 @@ def losses(model: DiffusionModel, told: str = "") -> Tensor:
     captions = [test.captions[k] for k in other] if told == "captions" else test.captions
     conditioning = model.predictor.conditioner(captions)
 
-    def predict(x_t: Tensor, time: Tensor) -> Tensor:
+    def network(x_t: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         if told == "zero":
             return torch.zeros_like(x_t)
         return model.predictor.network(x_t, time[other] if told == "time" else time, conditioning)
 
-    return model.objective.loss(predict, x0, eps, u)
+    return model.objective.loss(model.objective.predict(network, conditioning), x0, eps, u)
 
 
 def test_the_time_is_heard(trained):
@@ -88,7 +89,7 @@ def test_it_is_far_better_than_any_multiple_of_the_noisy_picture(trained):
     """A4: at most half the error of the best c(t)·x_t, which knows the pictures' second moment; zero scores 1."""
     test = shapes.examples(0, "seen", range(TEST), resolution=8)
     moment = (torch.from_numpy(test.images).float() / 127.5 - 1).square().mean()
-    t = trained.objective.time_sampling((torch.arange(TEST) + 0.5) / TEST)
+    t = trained.objective.time_sampling((torch.arange(TEST) + 0.5) / TEST, trained.objective.schedule)
     alpha, sigma = trained.objective.schedule.alpha(t), trained.objective.schedule.sigma(t)
     best_multiple = 1 - sigma**2 / (alpha**2 * moment + sigma**2)
     assert losses(trained, "zero").mean() == pytest.approx(1, abs=0.02)

@@ -175,9 +175,7 @@ def make_run(root: Path, epochs: int = 6, attack: bool = False) -> Path:
     final = {name: value for name, value in lines[-1].items() if name.startswith("val") and "num" not in name}
     fields = {
         "extractor": "c41f",
-        "sampler": "heun",
-        "num_steps": 12,
-        "guidance_scale": 2.0,
+        "sampling": {"sampler": "heun", "num_steps": 12, "guidance": {"scale": 2.0}},
         "ema": True,
         "seed": 0,
     }

@@ -31,10 +31,14 @@ def config(tmp_path) -> dict[str, Any]:
     return {
         "part": {"evaluator": str(tmp_path / "evaluator")},
         "data": {"resolution": 32, "crop": "center"},
-        "callback": {"score": {"num_steps": 12, "seed": 0}},
+        "callback": {"score": {"seed": 0}},
         "diffusion": {
             "sampler": {"_target_": "carrara.diffusion.sampler.Euler"},
-            "guidance": {"_target_": "carrara.diffusion.guidance.ClassifierFree", "scale": 3.0},
+            "spacing": {"_target_": "carrara.diffusion.spacing.Uniform"},
+            "guidance": {"_target_": "carrara.diffusion.guidance.Guidance", "scale": 3.0, "rescale": 0.0},
+            "thresholding": {"_target_": "carrara.diffusion.thresholding.Unbounded"},
+            "num_steps": 12,
+            "schedule": {"_target_": "carrara.diffusion.schedule.Flow"},
         },
     }
 
@@ -44,8 +48,9 @@ def test_the_card_says_what_the_scores_depend_on(config):
     assert card["scores"] == SCORES and len(card["hash"]) == 12
     assert card["num_images"] == {"val/num_images": 128, "val_seen/num_images": 64}
     facts = card["fingerprint"]
-    assert facts["num_steps"] == 12 and facts["guidance_scale"] == 3.0 and facts["seed"] == 0 and facts["ema"]
-    assert "Euler" in facts["sampler"] and facts["num_real"] == facts["num_generated"] == 128
+    assert facts["sampling"]["num_steps"] == 12 and facts["sampling"]["guidance"]["scale"] == 3.0
+    assert facts["seed"] == 0 and facts["ema"] and facts["sampling"]["weak"] is None
+    assert "Euler" in facts["sampling"]["sampler"]["_target_"] and facts["num_real"] == facts["num_generated"] == 128
     assert len(facts["extractors"]["evaluator"]) == 64 and facts["data"] == "d" and facts["resize"] == "32 center"
 
 
@@ -61,7 +66,10 @@ def changed(config: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
 def test_other_ways_to_sample_are_other_fingerprints(config):
     first = score_card(config, "d", SCORES)["hash"]
     others = [
-        changed(config, "callback", "score", "num_steps", value=30),
+        changed(config, "diffusion", "num_steps", value=30),
+        changed(config, "diffusion", "spacing", "_target_", value="carrara.diffusion.spacing.Karras"),
+        changed(config, "diffusion", "thresholding", "_target_", value="carrara.diffusion.thresholding.Static"),
+        changed(config, "diffusion", "guidance", "rescale", value=0.7),
         changed(config, "callback", "score", "seed", value=1),
         changed(config, "diffusion", "guidance", "scale", value=1.0),
         changed(config, "diffusion", "sampler", "_target_", value="carrara.diffusion.sampler.Heun"),
@@ -70,7 +78,10 @@ def test_other_ways_to_sample_are_other_fingerprints(config):
         changed(config, "data", "crop", value="none"),
     ]
     hashes = [score_card(other, "d", SCORES)["hash"] for other in others]
-    assert len({first, *hashes}) == 8
+    assert len({first, *hashes}) == 11
+    assert score_card(config, "d", SCORES, weak="w")["hash"] not in {first, *hashes}
+    trained_otherwise = changed(config, "diffusion", "schedule", "_target_", value="carrara.diffusion.schedule.Cosine")
+    assert score_card(trained_otherwise, "d", SCORES)["hash"] == first  # that is the model's, not the score's
     assert score_card(config, "d", SCORES | {"val/num_images": 5000.0})["hash"] != first
     assert score_card(deepcopy(config), "d", SCORES | {"val/fd_evaluator": 1.0})["hash"] == first  # not of the values
     assert score_card(config | {"name": "renamed"}, "d", SCORES)["hash"] == first
@@ -101,11 +112,11 @@ def test_few_images_are_warned_of(config):
 def test_a_run_that_samples_nothing_has_a_card_too():
     config = {"data": {"resolution": 32, "crop": "center"}, "callback": {"score": {}}, "part": {}}
     facts = score_card(config, "d", {"val/psnr": 30.0, "val/num_images": 8.0})["fingerprint"]
-    assert facts["sampler"] is None and facts["guidance_scale"] is None and facts["extractors"] == {}
+    assert facts["sampling"] is None and facts["extractors"] == {}
 
 
 def test_a_folder_of_pictures_has_a_card(config):
     card = folder_card({"fd_evaluator": 1.0}, {"evaluator": "hash"}, "d", 100, 50, 32)
     assert card["num_images"] == {"num_real": 100, "num_generated": 50}
-    assert card["fingerprint"]["sampler"] is None and "over 50 images" in card["warnings"][0]
+    assert card["fingerprint"]["sampling"] is None and "over 50 images" in card["warnings"][0]
     assert folder_card({"fd_evaluator": 1.0}, {"evaluator": "hash"}, "d", 100, 60, 32)["hash"] != card["hash"]

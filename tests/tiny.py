@@ -19,10 +19,13 @@ from carrara.callback.score import Setting
 from carrara.classifier.cnn import CNN
 from carrara.conditioner.text import Text
 from carrara.data.validation import ValidationSet
+from carrara.diffusion.guidance import Guidance
 from carrara.diffusion.objective import Objective
 from carrara.diffusion.parameterization import Epsilon, Flow, Parameterization
+from carrara.diffusion.sampler import Ancestral, Sampler
 from carrara.diffusion.schedule import Flow as FlowSchedule
-from carrara.diffusion.schedule import Linear, NoiseSchedule
+from carrara.diffusion.schedule import NoiseSchedule
+from carrara.diffusion.schedule_table import Linear
 from carrara.diffusion.time_sampling import Uniform
 from carrara.diffusion.weighting import Unweighted
 from carrara.evaluator.clip import CLIP
@@ -33,6 +36,7 @@ from carrara.model.evaluator import EvaluatorModel
 from carrara.model.optimizer import Muon, sgd
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
+from carrara.pipeline.text_to_image import Sampling
 
 COLORS = ["red", "green", "blue", "white"]
 CAPTIONS = [f"a {size} {color} {shape}" for size in ("big", "small") for color in COLORS for shape in ("disc", "cube")]
@@ -147,6 +151,11 @@ def objective(schedule: NoiseSchedule | None = None, parameterization: Parameter
     return Objective(schedule or FlowSchedule(), parameterization or Flow(), Uniform(), Unweighted())
 
 
+def sampling(sampler: Sampler | None = None, scale: float = 2.0, num_steps: int = 4, **changes: Any) -> Sampling:
+    times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return Sampling(sampler or Ancestral(), times, Guidance(scale), **changes)
+
+
 def epsilon_objective() -> Objective:
     return objective(Linear(), Epsilon())
 
@@ -159,6 +168,7 @@ def diffusion_model(autoencoder: Autoencoder | None = None, **changes: Any) -> D
         "autoencoder": autoencoder,
         "objective": objective(),
         "caption_dropout": 0.1,
+        "stratified": True,
         "caption_mean_weight": 0.0,
         "optimizer": MUON,
         "warmup_steps": 0,

@@ -1,6 +1,5 @@
 """From a run's resolved config to its objects."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from carrara.autoencoder.base import Autoencoder
 from carrara.callback.checkpoint import newest_valid
 from carrara.callback.ema import trainable
 from carrara.callback.score import Score
 from carrara.component import load_component
-from carrara.config import Config, build, load_yaml
+from carrara.config import Config, build
 from carrara.data.module import ShardData
 from carrara.diffusion.objective import Objective
+from carrara.diffusion.thresholding import Unbounded
 from carrara.errors import UserError
 from carrara.model.base import Model
+from carrara.pipeline.text_to_image import Sampling, TextToImage
 from carrara.run_folder import component_folder, is_finished, load_config
 
 ARCHITECTURES = ("network", "conditioner", "autoencoder", "evaluator", "classifier")  # in the order a plan shows them
@@ -30,6 +32,24 @@ def build_objective(config: Config) -> Objective:
         return Objective(**{name: build(config["diffusion"][name]) for name in names})
     except ValueError as error:
         raise UserError(f"diffusion: {error}") from None
+
+
+def build_sampling(config: Config, autoencoder: Autoencoder, weak: TextToImage | None = None) -> Sampling:
+    """How a run samples; steps that its schedule does not have, or bounds on latents, are a `UserError`."""
+    node = config["diffusion"]
+    sampler, spacing, guidance, thresholding = (
+        build(node[name]) for name in ("sampler", "spacing", "guidance", "thresholding")
+    )
+    if not (isinstance(thresholding, Unbounded) or autoencoder.is_identity):
+        raise UserError(
+            "diffusion/thresholding keeps pixels in [−1, 1], and the latents of an auto-encoder have no bounds: "
+            "take diffusion/thresholding=unbounded, or a pixel model"
+        )
+    try:
+        times = spacing(build(node["schedule"]), node["num_steps"])
+    except ValueError as error:
+        raise UserError(f"diffusion.spacing: {error}") from None
+    return Sampling(sampler, times, guidance, thresholding, weak)
 
 
 def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
@@ -53,11 +73,15 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
     return build(node, **{name: available[name] for name in available.keys() & wanted}), modules
 
 
-def build_scores(config: Config, data: ShardData, modules: Mapping[str, nn.Module]) -> list[Score]:
+def build_scores(
+    config: Config, data: ShardData, modules: Mapping[str, nn.Module], weak: TextToImage | None = None
+) -> list[Score]:
     """The scores of every epoch; each takes what it asks for of what there is."""
     available: dict[str, Any] = {"check": data.prompt_check}
     if "diffusion" in config:
-        available |= {name: build(config["diffusion"][name]) for name in ("sampler", "guidance")}
+        autoencoder = modules["autoencoder"]
+        assert isinstance(autoencoder, Autoencoder)
+        available["sampling"] = build_sampling(config, autoencoder, weak)
         part = config.get("part") or {}
         for judge in ("evaluator", "classifier"):  # an untrained one never judges
             available[judge] = modules.get(judge) if part.get(judge) is not None else None
@@ -80,11 +104,14 @@ def exported_config(config: Config, kind: str) -> Config:
     }
 
 
-def load_trained(folder: Path, classifier: str | None = None) -> tuple[Config, Model, dict[str, nn.Module]]:
+def load_trained(
+    folder: Path, classifier: str | None = None, checkpoint: Path | None = None
+) -> tuple[Config, Model, dict[str, nn.Module]]:
     """A run's config and its model in evaluation mode, with averaged weights: exported, or of the newest checkpoint.
 
     Args:
         classifier: the folder of one that judges instead of the run's own, or where it has none.
+        checkpoint: of the run, to be taken instead.
 
     Raises:
         UserError: the run has neither, or a classifier has nothing to judge in it.
@@ -95,11 +122,11 @@ def load_trained(folder: Path, classifier: str | None = None) -> tuple[Config, M
             raise UserError(f"{config['name']} samples nothing: leave part.classifier out")
         config["part"]["classifier"] = classifier
     model, modules = build_model(config)
-    if is_finished(folder):
+    if checkpoint is None and is_finished(folder):
         trained, _ = load_component(component_folder(folder), model.kind)
         model.exported.load_state_dict(trained.state_dict())
         return config, model.eval(), modules
-    checkpoint = newest_valid(folder / "checkpoints")
+    checkpoint = checkpoint or newest_valid(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoint yet: train it with python train.py resume={folder}")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -109,34 +136,3 @@ def load_trained(folder: Path, classifier: str | None = None) -> tuple[Config, M
         for name, parameter in trainable(model):
             parameter.copy_(average[name])
     return config, model.eval(), modules
-
-
-def set_sampling(
-    config: Config, conf_dir: Path, sampler: str | None, num_steps: int | None, scale: float | None
-) -> None:
-    """Other ways to sample in a run's config, where they are not None.
-
-    Args:
-        sampler: an option of `conf/diffusion/sampler`.
-        num_steps: of the sampler.
-        scale: of the guidance.
-
-    Raises:
-        UserError: a run without sampling, or a sampler that is not there.
-    """
-    if "diffusion" not in config:
-        if (sampler, num_steps, scale) != (None, None, None):
-            raise UserError(f"{config['name']} samples nothing: leave sampler, num_steps and guidance_scale out")
-        return
-    if sampler is not None:
-        path = conf_dir / "diffusion" / "sampler" / f"{sampler}.yaml"
-        if not path.is_file():
-            there = sorted(p.stem for p in path.parent.glob("*.yaml"))
-            close = difflib.get_close_matches(sampler, there, 1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
-            raise UserError(f"sampler={sampler} is not known; {hint}")
-        config["diffusion"]["sampler"] = load_yaml(path)
-    if num_steps is not None:
-        config["callback"]["score"]["num_steps"] = num_steps
-    if scale is not None:
-        config["diffusion"]["guidance"]["scale"] = scale

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from carrara.errors import UserError
 
 FREE_TEXT = frozenset(
-    {"prompt", "query", "data.urls", "data.val_urls", "image", "images", "mask", "run", "resume"}
+    {"prompt", "query", "data.urls", "data.val_urls", "image", "images", "mask", "run", "resume", "weak"}
 )  # and every key below `part.`
 LISTS = frozenset({"prompt", "query", "data.urls", "data.val_urls", "image", "images"})  # `[a,b]` is a list here
 TEXT_ALONE = frozenset({"prompt", "query"})  # here even `null` is a word

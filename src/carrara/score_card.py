@@ -9,16 +9,20 @@ from carrara.config import Config
 from carrara.metric.extractor import INCEPTION_SHA256
 from carrara.metric.fingerprint import ScoreFingerprint, few_images_warning, score_fingerprint
 
+SAMPLING = ("sampler", "spacing", "guidance", "thresholding", "num_steps")  # what shapes pictures besides the model
 
-def score_card(config: Config, data: str, scores: dict[str, float]) -> dict[str, Any]:
+
+def score_card(config: Config, data: str, scores: dict[str, float], weak: str | None = None) -> dict[str, Any]:
     """The card of a run's scores.
 
     Args:
         config: the run's, as it was sampled.
         data: fingerprint of the validation set.
         scores: by name, `val/…` and `val_seen/…`.
+        weak: the hash of the model that guided, with autoguidance.
     """
     score, diffusion = config["callback"]["score"], config.get("diffusion")
+    sampling = None if diffusion is None else {key: diffusion[key] for key in SAMPLING} | {"weak": weak}
     counts = {name: int(value) for name, value in scores.items() if name.endswith(("/num_images", "/num_captions"))}
     number = max(counts.values(), default=0)
     fields = ScoreFingerprint(
@@ -27,9 +31,7 @@ def score_card(config: Config, data: str, scores: dict[str, float]) -> dict[str,
         num_real=number,
         num_generated=number,
         resize=f"{config['data']['resolution']} {config['data']['crop']}",
-        sampler=None if diffusion is None else repr(sorted(diffusion["sampler"].items())),
-        num_steps=score.get("num_steps"),
-        guidance_scale=None if diffusion is None else diffusion["guidance"]["scale"],
+        sampling=sampling,
         ema=True,
         seed=score.get("seed"),
     )
@@ -45,9 +47,7 @@ def folder_card(
         extractors: of `extractor_hashes`.
         data: fingerprint of the validation set.
     """
-    fields = ScoreFingerprint(
-        extractors, data, num_real, num_generated, f"{resolution} center", None, None, None, None, None
-    )
+    fields = ScoreFingerprint(extractors, data, num_real, num_generated, f"{resolution} center", None, None, None)
     return _card(scores, fields, {"num_real": num_real, "num_generated": num_generated})
 
 

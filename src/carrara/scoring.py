@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from carrara.build import build_scores, load_trained, set_sampling
+from carrara.build import build_scores, load_trained
 from carrara.callback.generation import PictureScores
 from carrara.callback.score import Setting
 from carrara.classifier.cnn import CNN
@@ -23,6 +23,7 @@ from carrara.evaluator.clip import CLIP
 from carrara.metric.extractor import InceptionExtractor
 from carrara.precision import choose_precision, local_device
 from carrara.rank import rank_main
+from carrara.sampling import load_weak, set_sampling
 from carrara.score_card import extractor_hashes, folder_card, score_card
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -56,17 +57,20 @@ def run(out: Path) -> None:
 
 def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
     config, model, modules = load_trained(Path(order["run"]), order["part"]["classifier"])
-    set_sampling(config, Path(order["conf_dir"]), order["sampler"], order["num_steps"], order["guidance_scale"])
+    set_sampling(config, Path(order["conf_dir"]), order)
     score = config["callback"]["score"]
     given = {key: order[key] for key in ("num_images", "seed", "batch_size", "inception") if order[key] is not None}
     score |= {key: value for key, value in given.items() if key in score}
     data: ShardData = build(config["data"])
     where = setting(data)
     model.to(where.device)
+    weak, weak_hash = None, None
+    if order["weak"] is not None:
+        weak, weak_hash = load_weak(str(order["weak"]), config, Path(order["runs_dir"]), where.device)
     scores: dict[str, float] = {}
-    for one in build_scores(config, data, modules):
+    for one in build_scores(config, data, modules, weak):
         scores |= one(model, where)
-    return score_card(config, data.validation.fingerprint, scores)
+    return score_card(config, data.validation.fingerprint, scores, weak_hash)
 
 
 def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:

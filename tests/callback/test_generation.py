@@ -6,18 +6,15 @@ import torch
 from PIL import Image
 
 from carrara.callback.generation import Generation, PictureScores
-from carrara.diffusion.guidance import ClassifierFree
-from carrara.diffusion.sampler import Ancestral, Euler
+from carrara.diffusion.sampler import Euler
 from carrara.metric.extractor import OwnExtractor
 from carrara.metric.float64_metric import Float64Metric
-from tests.tiny import CAPTIONS, awake, classifier_model, clip, diffusion_model, setting
+from tests.tiny import CAPTIONS, awake, classifier_model, clip, diffusion_model, sampling, setting
 
 
 def generation(**changes) -> Generation:
     settings: dict[str, Any] = {
-        "sampler": Ancestral(),
-        "guidance": ClassifierFree(2.0),
-        "num_steps": 3,
+        "sampling": sampling(num_steps=3),
         "seed": 0,
         "num_images": 6,
         "batch_size": 4,
@@ -160,9 +157,9 @@ def test_the_sampler_and_its_steps_are_the_ones_asked_for():
     steps = []
 
     class Counting(Euler):
-        def steps(self, denoise, x, levels, noise):
+        def steps(self, denoise, x, schedule, levels, noise):
             steps.append(len(levels) - 1)
-            yield from super().steps(denoise, x, levels, noise)
+            yield from super().steps(denoise, x, schedule, levels, noise)
 
-    generation(sampler=Counting(), num_steps=5, evaluator=None)(model(), setting(8))
+    generation(sampling=sampling(Counting(), num_steps=5), evaluator=None)(model(), setting(8))
     assert set(steps) == {5}

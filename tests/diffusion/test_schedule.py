@@ -1,13 +1,17 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from carrara.diffusion.schedule import Cosine, CosineTable, Discrete, Flow, Linear, NoiseSchedule
+from carrara.diffusion.schedule import EDM, AdditiveNoise, Cosine, Flow, NoiseSchedule, Sigmoid, VarianceExploding
+from carrara.diffusion.schedule_table import CosineTable, Discrete, Linear, ScaledLinear, ZeroTerminalSNR
+from tests.diffusion.oracle import SCHEDULES
 
-SCHEDULES = [Linear(), Cosine(), CosineTable(), Flow()]
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
-every_table = pytest.mark.parametrize("table", [Linear(), CosineTable()], ids=lambda s: type(s).__name__)
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+every_table = pytest.mark.parametrize(
+    "table", [Linear(), ScaledLinear(), CosineTable(), ZeroTerminalSNR(Linear())], ids=lambda s: type(s).__name__
+)
 GRID = torch.linspace(0, 1, 1001, dtype=torch.float64)
 
 
@@ -48,11 +52,14 @@ def test_functions_agree_with_each_other_and_keep_shape_and_dtype(schedule: Nois
     torch.testing.assert_close(logsnr, 2 * (alpha / sigma).log(), rtol=tolerance, atol=tolerance)
     total = alpha**2 + sigma**2
     assert torch.allclose(total, torch.ones_like(total), atol=tolerance) == schedule.variance_preserving
+    assert torch.equal(alpha, torch.ones_like(alpha)) == isinstance(schedule, AdditiveNoise)
 
 
 @every_schedule
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-7), (torch.float64, 1e-12)])
 def test_t_from_logsnr_is_the_inverse(schedule: NoiseSchedule, dtype: torch.dtype, tolerance: float):
+    if isinstance(schedule, EDM) and dtype == torch.float32:
+        tolerance = 2e-6  # 2 log sigma = 14 log t + ..., in float32
     between = torch.linspace(0.0013, 0.9987, 777, dtype=dtype)  # not on a table's indices
     near_one = torch.tensor([0.9996, 0.9999, 1], dtype=dtype)  # beyond the cosine's clip
     for t in (between, near_one):
@@ -65,8 +72,9 @@ def test_ends(schedule: NoiseSchedule):
     assert schedule.alpha(zero) == 1
     assert schedule.sigma(zero) == 0
     assert (schedule.alpha(one) == 0) == schedule.terminal_snr_is_zero
-    assert schedule.prior_scale == pytest.approx(1, abs=3e-5)
-    assert schedule.c_noise(one) == 1000
+    expected = {EDM: 80, VarianceExploding: 50}.get(type(schedule), 1)
+    assert schedule.prior_scale == pytest.approx(expected, rel=3e-3)
+    assert schedule.c_noise(one) == 1000 and schedule.c_noise(zero) == 0
     infinite = torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
     assert schedule.t_from_logsnr(infinite).tolist() == pytest.approx([0, 1], abs=1e-12)
 
@@ -105,15 +113,101 @@ def test_steps_over_a_table_visit_its_indices(table: Discrete):
         table.times(1001)
 
 
-@pytest.mark.parametrize("betas", [[], [0.0, 0.1], [0.1, 1.1], [[0.1]], [math.nan]])
+@pytest.mark.parametrize("betas", [[], [0.0, 0.1], [0.1, 1.1], [1.0, 0.1], [[0.1]], [math.nan]])
 def test_a_table_of_anything_but_betas_is_refused(betas: list):
     with pytest.raises(ValueError, match="betas must be"):
         Discrete(betas)
 
 
-def test_num_steps_must_be_positive():
-    with pytest.raises(ValueError, match="at least one step"):
-        Flow().times(0)
+@every_schedule
+def test_the_last_noisy_time_of_spacings_in_noise_levels_is_a_time(schedule: NoiseSchedule):
+    assert 0 < schedule.t_min < 0.5
+    assert schedule.sigma(torch.tensor(schedule.t_min)) < 0.05
+
+
+def test_scaled_linear_is_stable_diffusions_table():
+    from diffusers import DDIMScheduler
+
+    other: Any = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    ours = ScaledLinear().alpha(GRID[1:]) ** 2
+    torch.testing.assert_close(ours.float(), other.alphas_cumprod, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("table", [Linear(), ScaledLinear()], ids=lambda s: type(s).__name__)
+def test_zero_terminal_snr_is_the_papers_rescaling(table: Discrete):
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    betas = 1 - (table.alpha(GRID[1:]) / table.alpha(GRID[:-1])) ** 2
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
+    rescaled = ZeroTerminalSNR(table)
+    torch.testing.assert_close(rescaled.alpha(GRID[1:]) ** 2, theirs, rtol=1e-10, atol=1e-14)
+    assert rescaled.alpha(GRID[-1]) == 0 and rescaled.terminal_snr_is_zero
+    torch.testing.assert_close(rescaled.alpha(GRID[1]), table.alpha(GRID[1]))
+    again = ZeroTerminalSNR(rescaled)
+    torch.testing.assert_close(again.alpha(GRID), rescaled.alpha(GRID))
+
+
+def test_on_the_last_step_to_zero_alpha_falls_evenly():
+    table = ZeroTerminalSNR(Linear())
+    t = torch.tensor([0.999, 0.99925, 0.9995, 1.0], dtype=torch.float64)
+    alpha = table.alpha(t)
+    torch.testing.assert_close(alpha / alpha[0], torch.tensor([1, 0.75, 0.5, 0]).double(), rtol=1e-9, atol=0)
+
+
+def test_sigmoid_is_the_papers_curve():
+    def curve(x: torch.Tensor) -> torch.Tensor:
+        low, high = torch.tensor(-3.0).double(), torch.tensor(3.0).double()
+        return (torch.sigmoid(high) - torch.sigmoid(x)) / (torch.sigmoid(high) - torch.sigmoid(low))
+
+    torch.testing.assert_close(Sigmoid().alpha(GRID) ** 2, curve(-3 + 6 * GRID), rtol=1e-9, atol=1e-15)
+    sharper = Sigmoid(0, 3, 0.5).alpha(GRID) ** 2
+    assert sharper[0] == 1 and sharper[-1] == 0 and (sharper.diff() < 0).all()
+
+
+def test_a_shift_keeps_the_path_and_moves_the_times():
+    """SNR falls by shift^2 at every time, as more pixels of the same picture make it appear."""
+    plain, shifted = Flow(), Flow(3.0)
+    inner = GRID[1:-1]
+    torch.testing.assert_close(shifted.logsnr(inner), plain.logsnr(inner) - 2 * math.log(3))
+    torch.testing.assert_close(shifted.alpha(inner) + shifted.sigma(inner), torch.ones_like(inner))
+    expected = 3 * inner / (1 + 2 * inner)
+    torch.testing.assert_close(shifted.sigma(inner), expected)
+    torch.testing.assert_close(shifted.c_noise(inner), 1000 * expected)  # what a network without a shift would be told
+
+
+def test_edm_has_the_papers_levels():
+    schedule = EDM()
+    i = torch.arange(18, dtype=torch.float64)
+    paper = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    torch.testing.assert_close(schedule.sigma(schedule.times(18))[:-1], paper)
+    assert schedule.times(18)[-1] == 0
+
+
+def test_the_variance_exploding_kernel_is_that_of_its_sde():
+    """sigma(t)^2 is the integral of g^2 = d sigma_geometric^2 / dt (Song et al. 2021, eq. 30)."""
+    schedule = VarianceExploding(0.01, 50)
+    t = torch.linspace(0, 0.7, 200_001, dtype=torch.float64)
+    g_squared = 0.01**2 * 5000 ** (2 * t) * 2 * math.log(5000)
+    integral = torch.trapezoid(g_squared, t).sqrt()
+    assert schedule.sigma(t[-1]).item() == pytest.approx(integral.item(), rel=1e-6)
+    assert schedule.sigma(torch.tensor(schedule.t_min).double()).item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Flow(0),
+        lambda: EDM(sigma_min=0),
+        lambda: EDM(sigma_min=1, sigma_max=0.5),
+        lambda: VarianceExploding(2, 1),
+        lambda: Sigmoid(3, -3),
+        lambda: Sigmoid(tau=0),
+        lambda: ZeroTerminalSNR(Discrete([0.1])),
+    ],
+)
+def test_impossible_settings_are_refused(build):
+    with pytest.raises(ValueError, match=r"must be|0 <|one step"):
+        build()
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), CosineTable()], ids=["continuous", "table"])

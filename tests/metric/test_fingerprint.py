@@ -11,9 +11,7 @@ FIELDS = ScoreFingerprint(
     num_real=1000,
     num_generated=1000,
     resize="inside",
-    sampler="heun",
-    num_steps=18,
-    guidance_scale=7,
+    sampling={"sampler": {"_target_": "heun", "levels": [1, 2]}, "num_steps": 18, "guidance": {"scale": 7}},
     ema=True,
     seed=0,
 )
@@ -21,9 +19,12 @@ FIELDS = ScoreFingerprint(
 
 def test_is_the_same_in_every_process_and_version():
     digest, values = score_fingerprint(FIELDS)
-    assert digest == "bec23d30f125"
-    assert values == {**vars(FIELDS), "guidance_scale": 7.0}
-    assert score_fingerprint(replace(FIELDS, guidance_scale=7.0))[0] == digest
+    assert digest == "33e335aadea3"
+    assert values == vars(FIELDS)
+    same = {"sampler": {"_target_": "heun", "levels": [1.0, 2]}, "num_steps": 18, "guidance": {"scale": 7.0}}
+    assert score_fingerprint(replace(FIELDS, sampling=same))[0] == digest
+    other = {**same, "guidance": {"scale": 7.5}}
+    assert score_fingerprint(replace(FIELDS, sampling=other))[0] != digest
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ScoreFingerprint)])
@@ -34,8 +35,8 @@ def test_every_field_counts(name):
 
 
 def test_a_folder_of_images_has_no_sampler():
-    folder = replace(FIELDS, sampler=None, num_steps=None, guidance_scale=None, ema=None, seed=None)
-    assert score_fingerprint(folder)[1]["sampler"] is None
+    folder = replace(FIELDS, sampling=None, ema=None, seed=None)
+    assert score_fingerprint(folder)[1]["sampling"] is None
 
 
 def test_few_images_are_warned_of():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from carrara.conditioner.text import Unconditional
 from carrara.diffusion.objective import Objective
 from carrara.diffusion.parameterization import Epsilon
-from carrara.diffusion.schedule import Linear
+from carrara.diffusion.schedule_table import Linear
 from carrara.diffusion.time_sampling import Uniform
 from carrara.diffusion.weighting import Unweighted
 from carrara.model.diffusion import DiffusionModel
@@ -111,6 +111,18 @@ def test_every_visit_has_fresh_times_and_noise():
     assert t1[0] != t1[1]
 
 
+def test_times_are_spread_over_a_batch_or_drawn_each_by_itself():
+    """Sixteen even times fall into sixteen slots; sixteen independent ones hardly ever do."""
+    slots = []
+    for stratified in (True, False):
+        model, network, _ = recorded(stratified=stratified)
+        model.loss(batch(range(64, 80)))
+        times = network.asked[0][1] / 1000
+        slots.append(len((times * 8).floor().unique()))
+        assert torch.equal(times, model.spread(batch(range(64, 80)), "time")) == stratified
+    assert slots[0] == 8
+
+
 def test_times_of_a_table_are_uniform_and_reach_both_ends():
     """Algorithm 1: t ~ U{1 … T}, the first and the last included."""
     steps = Objective(Linear(num_steps=20), Epsilon(), Uniform(num_steps=20), Unweighted())
@@ -128,7 +140,7 @@ def test_the_noisy_picture_is_made_in_one_shot():
     one = batch(range(5))
     model.loss(one)
     x_t, _, _ = network.asked[0]
-    t = model.objective.time_sampling(model.spread(one, "time"))
+    t = model.objective.time_sampling(model.spread(one, "time"), model.objective.schedule)
     alpha, sigma = (f(t)[:, None, None, None] for f in (model.objective.schedule.alpha, model.objective.schedule.sigma))
     wanted = alpha * model.images(one) + sigma * model.normal(one, "noise", (3, 8, 8))
     torch.testing.assert_close(x_t, wanted)
@@ -233,7 +245,7 @@ def test_training_beats_the_best_scalar(trained):
     one = Colours.batch(range(10**6, 10**6 + 256))
     u = (torch.arange(256) + 0.5) / 256
     x0, eps = trained.images(one), trained.normal(one, "noise", (3, 8, 8))
-    x_t = trained.objective.add_noise(x0, eps, trained.objective.time_sampling(u))
+    x_t = trained.objective.add_noise(x0, eps, trained.objective.time_sampling(u, trained.objective.schedule))
     x, target = x_t.reshape(16, -1), (eps - x0).reshape(16, -1)
     c = (x * target).sum(1, keepdim=True) / x.square().sum(1, keepdim=True)
     best_scalar = (target - c * x).square().mean().item()

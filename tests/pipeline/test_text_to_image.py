@@ -7,14 +7,20 @@ from torch import Tensor, nn
 
 from carrara.autoencoder.identity import Identity
 from carrara.conditioner.text import Unconditional
-from carrara.diffusion.guidance import ClassifierFree
+from carrara.diffusion.guidance import Guidance
+from carrara.diffusion.langevin import AnnealedLangevin, PredictorCorrector
+from carrara.diffusion.multistep import DPMSolverPP2M, UniPC
 from carrara.diffusion.objective import Objective
-from carrara.diffusion.sampler import Ancestral, DPMSolverPP2M, Euler, Heun, Sampler
+from carrara.diffusion.sampler import Ancestral, Euler, Heun, Sampler
+from carrara.diffusion.thresholding import Dynamic
 from carrara.network.conditioning import Conditioning
-from carrara.pipeline.text_to_image import TextToImage, Watch
-from tests.tiny import CAPTIONS, awake, diffusion_model, epsilon_objective, kl, text
+from carrara.pipeline.text_to_image import Sampling, TextToImage, Watch
+from tests.tiny import CAPTIONS, awake, diffusion_model, epsilon_objective, kl, sampling, text
 
-OFF = ClassifierFree(1.0)
+SAMPLERS = [
+    Ancestral(), Ancestral(variance="beta"), Euler(), Heun(), Heun(s_churn=3), DPMSolverPP2M(), DPMSolverPP2M(True),
+    UniPC(), AnnealedLangevin(3), PredictorCorrector(),
+]  # fmt: skip
 
 
 def pipeline(**changes: Any) -> TextToImage:
@@ -24,13 +30,19 @@ def pipeline(**changes: Any) -> TextToImage:
     return TextToImage.of(model, 8)
 
 
-def pictures(made: TextToImage, indices: list[int], sampler: Sampler | None = None, **changes: Any) -> Tensor:
-    settings: dict[str, Any] = {"seed": 0, "guidance": ClassifierFree(2.0), "num_steps": 4} | changes
+def pictures(
+    made: TextToImage,
+    indices: list[int],
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    on_step: Any = None,
+    **how: Any,
+) -> Tensor:
     captions = [CAPTIONS[k % len(CAPTIONS)] for k in indices]
-    return made(captions, indices, sampler=sampler or Ancestral(), **settings)
+    return made(captions, indices, seed, sampling(sampler, **how), on_step)
 
 
-@pytest.mark.parametrize("sampler", [Ancestral(), Ancestral(variance="beta"), Euler(), Heun(), DPMSolverPP2M()])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_picture_is_the_same_at_any_batch_size(sampler):
     made = pipeline()
     whole = pictures(made, list(range(8)), sampler)
@@ -77,29 +89,29 @@ def counted(made: TextToImage) -> Calls:
 
 @pytest.mark.parametrize("sampler", [Ancestral(), Euler(), DPMSolverPP2M()])
 def test_the_network_is_called_once_a_step_and_guidance_doubles_the_batch(sampler):
-    for guidance, size in ((OFF, 3), (ClassifierFree(2.0), 6)):
+    for scale, size in ((1.0, 3), (2.0, 6)):
         calls = counted(made := pipeline())
-        pictures(made, [0, 1, 2], sampler, guidance=guidance, num_steps=5)
+        pictures(made, [0, 1, 2], sampler, scale=scale, num_steps=5)
         assert calls.sizes == [size] * 5
 
 
 def test_scale_one_is_the_conditional_picture_alone():
     """Also the limit of guidance: both halves, of which the unconditional one cancels."""
     made = pipeline()
-    alone = pictures(made, [0, 1], guidance=OFF)
-    torch.testing.assert_close(pictures(made, [0, 1], guidance=ClassifierFree(1 + 1e-6)), alone, atol=1e-4, rtol=0)
-    assert not torch.allclose(pictures(made, [0, 1], guidance=ClassifierFree(4.0)), alone, atol=1e-3)
+    alone = pictures(made, [0, 1], scale=1.0)
+    torch.testing.assert_close(pictures(made, [0, 1], scale=1 + 1e-6), alone, atol=1e-4, rtol=0)
+    assert not torch.allclose(pictures(made, [0, 1], scale=4.0), alone, atol=1e-3)
 
 
 def test_scale_zero_is_the_picture_of_the_empty_caption():
     made = pipeline()
-    empty = made(["", ""], [0, 1], 0, Ancestral(), OFF, 4)
-    torch.testing.assert_close(pictures(made, [0, 1], guidance=ClassifierFree(0.0)), empty, atol=1e-4, rtol=0)
+    empty = made(["", ""], [0, 1], 0, sampling(scale=1.0))
+    torch.testing.assert_close(pictures(made, [0, 1], scale=0.0), empty, atol=1e-4, rtol=0)
 
 
 def test_the_caption_changes_the_picture():
     made = pipeline()
-    a, b = (made([c], [0], 0, Euler(), OFF, 4) for c in ("a big red disc", "a small blue cube"))
+    a, b = (made([c], [0], 0, sampling(Euler(), 1.0)) for c in ("a big red disc", "a small blue cube"))
     assert (a - b).abs().max() > 1e-3
 
 
@@ -119,12 +131,38 @@ def test_latents_are_decoded_once(monkeypatch):
 
 def test_it_makes_pictures_without_captions():
     made = pipeline(conditioner=Unconditional(8))
-    one = made(["", ""], [0, 1], 0, Euler(), OFF, 3)
-    assert torch.equal(one, made(["what", "ever"], [0, 1], 0, Euler(), OFF, 3))
+    how = sampling(Euler(), 1.0, 3)
+    assert torch.equal(made(["", ""], [0, 1], 0, how), made(["what", "ever"], [0, 1], 0, how))
 
 
 def test_no_gradient_is_kept():
     assert not pictures(pipeline(), [0]).requires_grad
+
+
+def test_guidance_acts_within_its_interval_only():
+    calls = counted(made := pipeline())
+    times = torch.linspace(1, 0, 11, dtype=torch.float64)
+    made(["a", "b"], [0, 1], 0, Sampling(Euler(), times, Guidance(3.0, interval=(0.35, 0.75))))
+    assert calls.sizes == [2, 2, 2, 4, 4, 4, 4, 2, 2, 2]  # at t = 1, 0.9, ..., 0.1
+
+
+def test_a_weaker_model_guides_instead_of_the_empty_caption():
+    made, weak = pipeline(), pipeline()
+    calls, weak_calls = counted(made), counted(weak)
+    same = made(["a", "b"], [0, 1], 0, sampling(Euler(), 3.0, weak=weak))
+    assert calls.sizes == weak_calls.sizes == [2] * 4  # and no second half
+    # equally good: they do not differ, and nothing is led away from
+    torch.testing.assert_close(same, made(["a", "b"], [0, 1], 0, sampling(Euler(), 1.0)), atol=1e-5, rtol=0)
+    for parameter in weak.network.parameters():
+        parameter.data *= 0.9
+    assert not torch.allclose(made(["a", "b"], [0, 1], 0, sampling(Euler(), 3.0, weak=weak)), same, atol=1e-3)
+
+
+def test_thresholded_estimates_are_what_the_sampler_goes_to():
+    made, estimates = pipeline(), []
+    how = sampling(Euler(), 30.0, thresholding=Dynamic())
+    made(["a", "b"], [0, 1], 0, how, lambda step, t, x, x0_hat: estimates.append(x0_hat))
+    assert max(estimate.abs().max().item() for estimate in estimates) <= 1
 
 
 # --- the intermediate results ---
@@ -174,7 +212,7 @@ def test_estimates_come_nearer_to_the_picture_step_by_step(sampler):
     steps = epsilon_objective()
     made = TextToImage(Gray(steps), text(), Identity(), steps, 8)
     watch = Watch(made, 40, 10, num_samples=64)
-    final = made([""] * 64, range(64), 0, sampler, OFF, 40, watch)
+    final = made([""] * 64, range(64), 0, sampling(sampler, 1.0, 40), watch)
     errors = [float((estimate - final).square().mean()) for estimate in watch.estimates]
     assert stats.spearmanr(range(10), errors).statistic <= -0.9
     assert errors[0] > 0.05 > 1e-4 > errors[-1]

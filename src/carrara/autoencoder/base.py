@@ -12,7 +12,10 @@ class Autoencoder(nn.Module):
     Attributes:
         latent_channels: channels of z.
         downsampling: how many pixels a latent spans in height and width.
+        is_identity: whether the latents are the pixels themselves, in [−1, 1].
     """
+
+    is_identity = False
 
     latent_mean: Tensor
     latent_std: Tensor

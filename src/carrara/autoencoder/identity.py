@@ -9,6 +9,8 @@ from carrara.autoencoder.base import Autoencoder
 class Identity(Autoencoder):
     """Pictures are their own latents; nothing is trained or measured."""
 
+    is_identity = True
+
     def __init__(self, latent_channels: int = 3, downsampling: int = 1):
         if (latent_channels, downsampling) != (3, 1):
             raise ValueError("autoencoder=identity has latent_channels=3 and downsampling=1")

@@ -33,7 +33,7 @@ class VerifiedCheckpointIO(CheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            _digest_file(path).write_text(_digest(temporary))
+            _digest_file(path).write_text(digest(temporary))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -119,16 +119,25 @@ def newest_valid(folder: Path) -> Path | None:
     """
     found = sorted(folder.glob("step=*.ckpt"), reverse=True)
     for path in found:
-        digest = _digest_file(path)
-        if not digest.exists():
-            _log.warning("passing over %s: its .sha256 is missing", path)
-        elif digest.read_text().strip() != _digest(path):
-            _log.warning("passing over %s: it is damaged (checksum differs)", path)
-        else:
+        if is_valid(path):
             return path
     if found:
         raise UserError(f"no checkpoint in {folder} is intact; start a new run, or restore the folder from a copy")
     return None
+
+
+def is_valid(path: Path) -> bool:
+    """Whether a checkpoint's checksum holds; if not, the log says what is wrong."""
+    recorded = _digest_file(path)
+    if not recorded.exists():
+        _log.warning("passing over %s: its .sha256 is missing", path)
+    elif not path.exists():
+        _log.warning("passing over %s: it does not exist", path)
+    elif recorded.read_text().strip() != digest(path):
+        _log.warning("passing over %s: it is damaged (checksum differs)", path)
+    else:
+        return True
+    return False
 
 
 def checkpoint_step(path: Path) -> int:
@@ -142,7 +151,8 @@ def _digest_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a checkpoint."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

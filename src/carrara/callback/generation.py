@@ -9,8 +9,6 @@ from torchmetrics import Metric
 
 from carrara.callback.score import Setting, prefix
 from carrara.classifier.cnn import CNN
-from carrara.diffusion.guidance import ClassifierFree
-from carrara.diffusion.sampler import Sampler
 from carrara.evaluator.clip import CLIP
 from carrara.metric.clip_score import CLIPScore
 from carrara.metric.extractor import FeatureExtractor, InceptionExtractor, OwnExtractor, distance_names
@@ -21,7 +19,7 @@ from carrara.metric.r_precision import RPrecision
 from carrara.model.base import Model
 from carrara.model.diffusion import DiffusionModel
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
-from carrara.pipeline.text_to_image import TextToImage, Watch
+from carrara.pipeline.text_to_image import Sampling, TextToImage, Watch
 
 
 @dataclass
@@ -117,7 +115,7 @@ class Generation:
     """Logs the scores of `PictureScores` for each split; leaves a grid and the strip from noise to picture.
 
     Args:
-        sampler, guidance, num_steps, seed: how the pictures are made.
+        sampling, seed: how the pictures are made.
         num_images: captions of each split; all if there are fewer.
         batch_size: pictures in a chunk.
         num_frames: columns of the strip.
@@ -128,9 +126,7 @@ class Generation:
 
     def __init__(
         self,
-        sampler: Sampler,
-        guidance: ClassifierFree,
-        num_steps: int,
+        sampling: Sampling,
         seed: int,
         num_images: int,
         batch_size: int,
@@ -141,7 +137,7 @@ class Generation:
         classifier: CNN | None,
         check: Check | None,
     ):
-        self.sampler, self.guidance, self.num_steps, self.seed = sampler, guidance, num_steps, seed
+        self.sampling, self.seed = sampling, seed
         self.num_images, self.batch_size, self.num_frames = num_images, batch_size, num_frames
         self.resolution = resolution
         self.evaluator, self.classifier, self.check = evaluator, classifier, check
@@ -165,19 +161,10 @@ class Generation:
             for chunk in setting.chunks(indices, self.batch_size):
                 batch = setting.validation.take(chunk)
                 first = chunk[0] == indices[0] and setting.samples_dir is not None
-                watch = Watch(pipeline, self.num_steps, self.num_frames, STRIP_ROWS) if first else None
+                watch = Watch(pipeline, self.sampling.num_steps, self.num_frames, STRIP_ROWS) if first else None
                 with torch.no_grad(), setting.autocast():
-                    pictures = to_uint8(
-                        pipeline(
-                            batch["captions"],
-                            batch["positions"].tolist(),
-                            self.seed,
-                            self.sampler,
-                            self.guidance,
-                            self.num_steps,
-                            watch,
-                        )
-                    )
+                    made = pipeline(batch["captions"], batch["positions"].tolist(), self.seed, self.sampling, watch)
+                    pictures = to_uint8(made)
                     real = batch["images"].to(setting.device)
                     judge.add_real(real, batch["positions"])
                     judge.add_generated(pictures, batch["captions"], batch["positions"])

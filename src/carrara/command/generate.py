@@ -7,18 +7,22 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from carrara.build import load_trained, set_sampling
+from carrara.build import build_sampling, load_trained
 from carrara.command_line import quote_free_text, split_flags
-from carrara.config import build, compose
+from carrara.config import Config, compose
+from carrara.data.decode import DecodeError, decode_image
 from carrara.errors import UserError
 from carrara.model.diffusion import DiffusionModel
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
+from carrara.pipeline.source import Source
 from carrara.pipeline.text_to_image import TextToImage, Watch
 from carrara.precision import default_device
 from carrara.run_folder import find_run
+from carrara.sampling import load_weak, set_sampling
 
 NAME = "generate"
 _STRIP_ROWS = 4
+_STRENGTH = 0.75  # with a picture and no mask
 
 _log = logging.getLogger(__name__)
 
@@ -44,10 +48,13 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     config, model, _ = load_trained(folder)
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a diffusion run")
-    set_sampling(config, conf_dir, order["sampler"], order["num_steps"], order["guidance_scale"])
-    sampler, guidance = (build(config["diffusion"][name]) for name in ("sampler", "guidance"))
-    num_steps = config["callback"]["score"]["num_steps"]
-    pipeline = TextToImage.of(model.to(default_device()), config["data"]["resolution"])
+    set_sampling(config, conf_dir, order)
+    device = default_device()
+    weak = None if order["weak"] is None else load_weak(str(order["weak"]), config, Path(order["runs_dir"]), device)[0]
+    sampling = build_sampling(config, model.autoencoder, weak)
+    source = _source(order, config["data"]["resolution"])
+    pipeline = TextToImage.of(model.to(device), config["data"]["resolution"])
+    num_steps = sampling.num_steps if source is None else len(source.rest_of(sampling.times)) - 1
     watch = Watch(pipeline, num_steps, order["num_frames"], _STRIP_ROWS)
     captions = [prompt for prompt in prompts for _ in range(order["count"])]
     pictures = []
@@ -55,7 +62,7 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         chunk = captions[start : start + order["batch_size"]]
         indices = range(start, start + len(chunk))
         on_step = watch if start == 0 else None
-        made = pipeline(chunk, indices, order["seed"], sampler, guidance, num_steps, on_step)
+        made = pipeline(chunk, indices, order["seed"], sampling, on_step, source)
         pictures.append(to_uint8(made).cpu())
     images = torch.cat(pictures)
     out = Path(order["out"] or folder / "generated" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
@@ -68,3 +75,30 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     frames = torch.stack([to_uint8(frame) for frame in watch.frames])
     save_strip(out / "strip.png", frames, captions[:_STRIP_ROWS], watch.times)
     _log.info("%d pictures, grid.png and strip.png in %s", len(images), out)
+
+
+def _source(order: Config, resolution: int) -> Source | None:
+    if order["image"] is None:
+        if order["mask"] is not None or order["strength"] is not None:
+            raise UserError("mask and strength are of a picture to start from: give image=FILE")
+        return None
+    image = _picture("image", order, resolution).float() / 127.5 - 1
+    mask = None if order["mask"] is None else _picture("mask", order, resolution).float().mean(0) > 127.5
+    if mask is not None and not mask.any():
+        raise UserError(f"mask={order['mask']} is black everywhere: what is white is painted anew")
+    strength = order["strength"]
+    if strength is None:
+        strength = _STRENGTH if mask is None else 1.0
+    if not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise UserError(f"strength must be a number above 0 and at most 1, not {strength!r}")
+    return Source(image, strength, mask)
+
+
+def _picture(key: str, order: Config, resolution: int) -> torch.Tensor:
+    """uint8 (3, R, R), the largest square at the centre."""
+    try:
+        return torch.from_numpy(decode_image(Path(str(order[key])).read_bytes(), resolution))
+    except OSError as error:
+        raise UserError(f"{key}={order[key]} cannot be read: {error.strerror}") from None
+    except DecodeError as error:
+        raise UserError(f"{key}={order[key]} is no picture that can be used: {error}") from None

@@ -135,11 +135,16 @@ def _check_devices(config: Config) -> None:
 def _check_modules(config: Config) -> None:
     """What cannot be built, or does not fit, is told now, not after the parts are trained."""
     from carrara.architecture import check_fit, meta_modules
-    from carrara.build import build_objective
+    from carrara.autoencoder.base import Autoencoder
+    from carrara.build import build_objective, build_sampling
 
     if "diffusion" in config:
         build_objective(config)
     modules, _ = meta_modules(config)
+    if "diffusion" in config:
+        autoencoder = modules["autoencoder"]
+        assert isinstance(autoencoder, Autoencoder)
+        build_sampling(config, autoencoder)
     check_fit(config, modules)
 
 

@@ -1,10 +1,14 @@
-"""Guidance: how a conditional and an unconditional prediction make one."""
+"""Guidance: how a prediction and a worse one make a better one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from carrara.diffusion.objective import Network, Objective, Predict
+
+Pair = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (x_t (B, ...), t ()) -> two outputs (B, ...)
 
 
 class Joinable(Protocol):
@@ -16,30 +20,69 @@ class Joinable(Protocol):
 C = TypeVar("C", bound=Joinable)
 
 
-class ClassifierFree:
-    """unconditional + scale (conditional - unconditional) (Ho & Salimans 2022, eq. 6, whose w is scale - 1).
+class Guidance:
+    """negative + scale (positive - negative): away from the negative prediction.
 
-    The outputs are combined; since x0_hat is affine in the output, so are the estimates, whatever the target.
+    (Ho & Salimans 2022, eq. 6, whose w is scale - 1.) The network's outputs are combined; since x0_hat is affine in
+    the output, so are the estimates, whatever the target.
+
+    Args:
+        scale: 1 is off.
+        rescale: share of the output whose standard deviation is brought back to the positive prediction's, phi of
+            Lin et al. 2023, eq. 15 and 16.
+        interval: the least and greatest t at which to guide (Kynkäänniemi et al. 2024, there in sigma); at other
+            times, as with scale 1, the negative prediction is not computed.
     """
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, rescale: float = 0.0, interval: Sequence[float] = (0.0, 1.0)) -> None:
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance.rescale must lie in [0, 1], but is {rescale}")
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance.interval must be two times that rise in [0, 1], but is {list(interval)}")
         self.scale = scale
+        self.rescale = rescale
+        self.interval = tuple(interval)
 
-    def guided(
-        self, predict: Callable[[Tensor, Tensor, C], Tensor], conditioning: C, unconditional: C
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """predict(x, time, conditioning) as a function of x (B, ...) and time (B,) alone.
+    def guided(self, positive: Predict, pair: Pair) -> Predict:
+        """The guided prediction.
 
-        Both halves go through the network in one call of 2B samples; at scale 1 there is no second half.
+        Args:
+            positive: the prediction alone, for the times without guidance.
+            pair: positive and negative prediction.
         """
-        if self.scale == 1:
-            return lambda x, time: predict(x, time, conditioning)
-        both = conditioning.cat(unconditional)
 
-        def guided(x: Tensor, time: Tensor) -> Tensor:
-            output = predict(torch.cat([x, x]), torch.cat([time, time]), both)
+        def guided(x_t: Tensor, t: Tensor) -> Tensor:
+            if self.scale == 1 or not self.interval[0] <= float(t) <= self.interval[1]:
+                return positive(x_t, t)
             # in x's precision: the difference is small, and the scale magnifies its rounding
-            with_text, without = output.to(x.dtype).chunk(2)
-            return without + self.scale * (with_text - without)
+            better, worse = (output.to(x_t.dtype) for output in pair(x_t, t))
+            return self._rescaled(worse + self.scale * (better - worse), better)
 
         return guided
+
+    def _rescaled(self, output: Tensor, positive: Tensor) -> Tensor:
+        if self.rescale == 0:
+            return output
+        dims = tuple(range(1, output.ndim))
+        factor = positive.std(dims, keepdim=True) / output.std(dims, keepdim=True)
+        return (self.rescale * factor + 1 - self.rescale) * output
+
+
+def classifier_free(objective: Objective, network: Network[C], conditioning: C, unconditional: C) -> Pair:
+    """Predictions with and without the condition, from one call of the network with 2B samples."""
+    predict = objective.predict(network, conditioning.cat(unconditional))
+
+    def pair(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        positive, negative = predict(torch.cat([x_t, x_t]), t).chunk(2)
+        return positive, negative
+
+    return pair
+
+
+def autoguidance(positive: Predict, weak: Predict) -> Pair:
+    """Predictions of a model and of a weaker version of it, both with the condition (Karras et al. 2024, eq. 5)."""
+
+    def pair(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return positive(x_t, t), weak(x_t, t)
+
+    return pair

@@ -2,7 +2,6 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ class Level(NamedTuple):
 
 
 class NoiseSchedule(ABC):
-    """alpha and sigma over t in [0, 1], 0 the least noise and 1 the most.
+    """alpha and sigma over t in [0, 1]: t = 0 is the clean picture, alpha 1 and sigma 0, and t = 1 the most noise.
 
     Every function of t takes a float32 or float64 tensor of any shape and returns one of its shape, dtype and
     device. Samplers start at t = 1 from `prior_scale * eps`.
@@ -28,6 +27,7 @@ class NoiseSchedule(ABC):
 
     variance_preserving: bool = False  # alpha^2 + sigma^2 = 1
     terminal_snr_is_zero: bool = False  # alpha(1) = 0: x_1 holds nothing of x0
+    t_min: float = 1e-3  # the last noisy time of a spacing in noise levels, which cannot go on to sigma = 0
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -51,8 +51,6 @@ class NoiseSchedule(ABC):
 
     def times(self, num_steps: int) -> Tensor:
         """The times of `num_steps` even steps from 1 to 0: float64, (num_steps + 1,)."""
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}, but a sampler makes at least one step")
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
 
     def levels(self, times: Tensor) -> list[Level]:
@@ -95,66 +93,6 @@ class VariancePreserving(NoiseSchedule):
         return self.t_from_log_alpha_bar(logsigmoid(logsnr.double())).clamp(0, 1).to(logsnr.dtype)
 
 
-class Discrete(VariancePreserving):
-    """A table of betas, i = 1..T, as in DDPM (Ho et al. 2020): index i is t = i / T, and i = 0 is clean.
-
-    Between two indices log alpha_bar is linear in t, so any time has a noise level and the table's are exact.
-    Raises ValueError unless `betas` is a list of numbers in (0, 1].
-    """
-
-    def __init__(self, betas: Sequence[float] | Tensor) -> None:
-        betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise ValueError(f"betas must be a list of numbers in (0, 1], but they are {betas}")
-        self.num_steps = len(betas)
-        self.terminal_snr_is_zero = bool(betas[-1] == 1)
-        table = torch.cat([betas.new_zeros(1), torch.log1p(-betas).cumsum(0)])
-        self._tables = {table.device: table}  # log alpha_bar at i = 0..T
-
-    def table(self, device: torch.device) -> Tensor:
-        """log alpha_bar at i = 0..T, float64; copied to a device once, since a copy makes the host wait."""
-        if device not in self._tables:
-            self._tables[device] = self._tables[torch.device("cpu")].to(device)
-        return self._tables[device]
-
-    def log_alpha_bar(self, t: Tensor) -> Tensor:
-        table = self.table(t.device)
-        index = t.double() * self.num_steps
-        # i / T is rounded to t's dtype: an index within that rounding of a whole number is meant to be it.
-        whole = index.round()
-        index = torch.where((index - whole).abs() <= torch.finfo(t.dtype).eps * self.num_steps, whole, index)
-        upper = index.ceil().long().clamp(1, self.num_steps)
-        return table[upper - 1] + (index - (upper - 1)) * (table[upper] - table[upper - 1])
-
-    def t_from_log_alpha_bar(self, log_alpha_bar: Tensor) -> Tensor:
-        table = self.table(log_alpha_bar.device)
-        upper = torch.searchsorted(-table, -log_alpha_bar.contiguous()).clamp(1, self.num_steps)
-        fraction = (log_alpha_bar - table[upper - 1]) / (table[upper] - table[upper - 1])
-        return (upper - 1 + fraction) / self.num_steps
-
-    def times(self, num_steps: int) -> Tensor:
-        """Even steps, each moved to the table's nearest index; ValueError if the table has fewer."""
-        if num_steps > self.num_steps:
-            raise ValueError(f"num_steps is {num_steps}, but the schedule's table has {self.num_steps} steps")
-        return (super().times(num_steps) * self.num_steps).round() / self.num_steps
-
-
-class Linear(Discrete):
-    """DDPM's table: beta rises evenly from `beta_start` to `beta_end` (Ho et al. 2020, section 4)."""
-
-    def __init__(self, beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = 1000) -> None:
-        super().__init__(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
-
-
-class CosineTable(Discrete):
-    """The cosine curve as a table of betas, each at most `max_beta` (Nichol & Dhariwal 2021, section 3.2)."""
-
-    def __init__(self, num_steps: int = 1000, max_beta: float = 0.999, s: float = 0.008) -> None:
-        t = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
-        alpha_bar = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
-        super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
-
-
 class Cosine(VariancePreserving):
     """alpha_bar = (cos h / cos h_0)^2 with h = (t + s) / (1 + s) pi / 2 (Nichol & Dhariwal 2021, eq. 17).
 
@@ -185,19 +123,124 @@ class Cosine(VariancePreserving):
         return clipped_t + (clip - log_alpha_bar).clamp(min=0) / self.max_rate
 
 
-class Flow(NoiseSchedule):
-    """The straight line x_t = (1 - t) x0 + t eps of rectified flow (Liu et al. 2022; Lipman et al. 2022)."""
+class Sigmoid(VariancePreserving):
+    """alpha_bar falls as a sigmoid does from x = start to x = end (Jabri et al. 2022; Chen 2023, Algorithm 1).
+
+    alpha_bar = (sigmoid(-x / tau) - sigmoid(-end / tau)) / (sigmoid(-start / tau) - sigmoid(-end / tau)) with
+    x = start + (end - start) t, which is 0 at t = 1.
+    """
 
     terminal_snr_is_zero = True
 
+    def __init__(self, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> None:
+        if not (start < end and tau > 0):
+            raise ValueError(f"start must be below end and tau positive, but they are {start}, {end} and {tau}")
+        self._start = start / tau
+        self._end = end / tau
+
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        # Differences of sigmoids as products of hyperbolic functions, exact at both ends where a difference cancels.
+        x = self._start + (self._end - self._start) * t.double()
+        whole = math.sinh((self._end - self._start) / 2)
+        alpha_bar = torch.sinh((self._end - x) / 2) * math.cosh(self._start / 2) / (whole * torch.cosh(x / 2))
+        sigma_squared = torch.sinh((x - self._start) / 2) * math.cosh(self._end / 2) / (whole * torch.cosh(x / 2))
+        return torch.where(sigma_squared < 0.5, torch.log1p(-sigma_squared), alpha_bar.log())
+
+    def t_from_log_alpha_bar(self, log_alpha_bar: Tensor) -> Tensor:
+        at_start, at_end = (1 / (1 + math.exp(x)) for x in (self._start, self._end))
+        # sigmoid(x), whose distance from its value at the start is exact where there is hardly any noise
+        risen = (1 - at_start) - log_alpha_bar.expm1() * (at_start - at_end)
+        return (torch.logit(risen) - self._start) / (self._end - self._start)
+
+
+class Flow(NoiseSchedule):
+    """The straight line x_s = (1 - s) x0 + s eps of rectified flow (Liu et al. 2022; Lipman et al. 2022).
+
+    With a `shift`, s = shift t / (1 + (shift - 1) t): more of the way at high noise, as pictures of more pixels need,
+    whose neighbours tell more of each other (Esser et al. 2024, eq. 23: shift = sqrt(pixels / pixels before)).
+    The network is told s, so a model may be sampled with another shift than it was trained with.
+    """
+
+    terminal_snr_is_zero = True
+
+    def __init__(self, shift: float = 1.0) -> None:
+        if shift <= 0:
+            raise ValueError(f"shift must be positive, but is {shift}")
+        self.shift = shift
+
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - t
+        return (1 - t) / (1 + (self.shift - 1) * t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return t
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def logsnr(self, t: Tensor) -> Tensor:
-        return 2 * (torch.log1p(-t) - t.log())
+        return 2 * (torch.log1p(-t) - t.log() - math.log(self.shift))
 
     def t_from_logsnr(self, logsnr: Tensor) -> Tensor:
-        return torch.sigmoid(-logsnr / 2)
+        return torch.sigmoid(-logsnr / 2 - math.log(self.shift))
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        return 1000 * self.sigma(t)
+
+
+class AdditiveNoise(NoiseSchedule):
+    """alpha = 1: noise is added to the picture, and nothing of it taken away."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def times(self, num_steps: int) -> Tensor:
+        """Even steps from 1 to `t_min`, and one to 0: below, sigma is smaller than any that matters."""
+        inner = torch.linspace(1, self.t_min, num_steps, dtype=torch.float64)
+        return torch.cat([inner, inner.new_zeros(1)])
+
+
+class EDM(AdditiveNoise):
+    """alpha = 1, sigma = sigma_max t^rho (Karras et al. 2022).
+
+    sigma^(1/rho) is linear in t, so that even steps in t are the paper's (eq. 5). The paper trains at log-normal sigma
+    (`time_sampling.LogNormal`). It tells the network ln(sigma) / 4; here it is told 1000 t, as with every schedule.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> None:
+        if not (0 < sigma_min < sigma_max and rho > 0):
+            raise ValueError(f"0 < sigma_min < sigma_max and 0 < rho, but they are {sigma_min}, {sigma_max} and {rho}")
+        self.sigma_max = sigma_max
+        self.rho = rho
+        self.t_min = (sigma_min / sigma_max) ** (1 / rho)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (self.sigma_max * t.double() ** self.rho).to(t.dtype)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        return (-2 * (math.log(self.sigma_max) + self.rho * t.double().log())).to(t.dtype)
+
+    def t_from_logsnr(self, logsnr: Tensor) -> Tensor:
+        log_t = (-logsnr.double() / 2 - math.log(self.sigma_max)) / self.rho
+        return log_t.exp().clamp(max=1).to(logsnr.dtype)
+
+
+class VarianceExploding(AdditiveNoise):
+    """alpha = 1, sigma^2 = sigma_min^2 ((sigma_max / sigma_min)^(2t) - 1) (Song et al. 2021, eq. 29 and 30).
+
+    The kernel of the paper's variance-exploding SDE. Above t_min, where sigma = sigma_min, sigma is as good as
+    geometric in t; `spacing.LogSNR` takes exactly geometric levels, as NCSN does (Song & Ermon 2019, section 3.2).
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"0 < sigma_min < sigma_max, but they are {sigma_min} and {sigma_max}")
+        self.log_sigma_min = math.log(sigma_min)
+        self._rate = 2 * math.log(sigma_max / sigma_min)
+        self.t_min = math.log(2) / self._rate
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (math.exp(self.log_sigma_min) * (self._rate * t.double()).expm1().sqrt()).to(t.dtype)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        return (-2 * self.log_sigma_min - (self._rate * t.double()).expm1().log()).to(t.dtype)
+
+    def t_from_logsnr(self, logsnr: Tensor) -> Tensor:
+        ratio = (-logsnr.double() - 2 * self.log_sigma_min).exp()  # (sigma / sigma_min)^2
+        return (ratio.log1p() / self._rate).clamp(max=1).to(logsnr.dtype)

@@ -1,9 +1,12 @@
 """Which times a model is trained at. A time sampler is an inverse distribution function: uniform u -> t."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
+
+from carrara.diffusion.schedule import NoiseSchedule
 
 T_MIN = 1e-5  # at t = 0 there is no noise to learn from, and log SNR is infinite
 
@@ -12,7 +15,7 @@ class TimeSampler(ABC):
     """Maps u, uniform in (0, 1), to times in [T_MIN, 1], of u's shape and dtype. It draws nothing itself."""
 
     @abstractmethod
-    def __call__(self, u: Tensor) -> Tensor: ...
+    def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor: ...
 
 
 class Uniform(TimeSampler):
@@ -23,7 +26,7 @@ class Uniform(TimeSampler):
             raise ValueError(f"num_steps must be at least 1 or null, but is {num_steps}")
         self.num_steps = num_steps
 
-    def __call__(self, u: Tensor) -> Tensor:
+    def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         if self.num_steps is None:
             return u.clamp(T_MIN, 1)
         return ((u * self.num_steps).floor() + 1).clamp(1, self.num_steps) / self.num_steps
@@ -38,5 +41,43 @@ class LogitNormal(TimeSampler):
         self.mean = mean
         self.std = std
 
-    def __call__(self, u: Tensor) -> Tensor:
+    def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)).clamp(T_MIN, 1)
+
+
+class Mode(TimeSampler):
+    """More of the middle for scale > 0, of the ends for scale < 0, and all of both (Esser et al. 2024, eq. 20)."""
+
+    def __init__(self, scale: float = 1.29) -> None:
+        if not -1 <= scale <= 2 / (math.pi - 2):
+            raise ValueError(f"scale must lie in [-1, 2 / (pi - 2)], but is {scale}")
+        self.scale = scale
+
+    def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        # the paper's f(1 - u), which rises with u
+        return (u - self.scale * ((math.pi / 2 * u).sin() ** 2 - u)).clamp(T_MIN, 1)
+
+
+class LogNormal(TimeSampler):
+    """ln(sigma / alpha) ~ N(mean, std^2), on any schedule (Karras et al. 2022, table 1: P_mean and P_std)."""
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        if std <= 0:
+            raise ValueError(f"std must be positive, but is {std}")
+        self.mean = mean
+        self.std = std
+
+    def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        return schedule.t_from_logsnr(-2 * (self.mean + self.std * torch.special.ndtri(u))).clamp(T_MIN, 1)
+
+
+class SingleLevel(TimeSampler):
+    """One noise level, sigma / alpha = `sigma`: a denoising auto-encoder (Vincent et al. 2008)."""
+
+    def __init__(self, sigma: float) -> None:
+        if sigma <= 0:
+            raise ValueError(f"sigma must be positive, but is {sigma}")
+        self.sigma = sigma
+
+    def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        return schedule.t_from_logsnr(torch.full_like(u, -2 * math.log(self.sigma))).clamp(T_MIN, 1)

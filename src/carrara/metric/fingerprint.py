@@ -14,8 +14,8 @@ class ScoreFingerprint:
 
     extractors: the hash of each by its name ("evaluator", "cnn", "inception"). data: fingerprint of the real
     images and captions. num_real, num_generated: images counted, over all ranks. resize: how
-    images came to the extractor's input ("none", "inside", "64 bicubic antialias", ...). sampler, num_steps,
-    guidance_scale (1 = off), ema (whether averaged weights were used), seed: how they were generated.
+    images came to the extractor's input ("none", "inside", "64 bicubic antialias", ...). sampling (sampler, spacing,
+    steps, guidance, ...: plain data), ema (whether averaged weights were used), seed: how they were generated.
     """
 
     extractors: dict[str, str]
@@ -23,9 +23,7 @@ class ScoreFingerprint:
     num_real: int
     num_generated: int
     resize: str
-    sampler: str | None
-    num_steps: int | None
-    guidance_scale: float | None
+    sampling: dict[str, Any] | None
     ema: bool | None
     seed: int | None
 
@@ -33,10 +31,17 @@ class ScoreFingerprint:
 def score_fingerprint(fields: ScoreFingerprint) -> tuple[str, dict[str, Any]]:
     """A 12-digit hash of the fields, the same in every process and version, and the fields themselves."""
     values = asdict(fields)
-    if fields.guidance_scale is not None:
-        values["guidance_scale"] = float(fields.guidance_scale)  # 7 and 7.0 are the same guidance
-    text = json.dumps(values, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    text = json.dumps(_floats(values), sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12], values
+
+
+def _floats(value: Any) -> Any:
+    """A guidance scale of 7 is one of 7.0."""
+    if isinstance(value, dict):
+        return {key: _floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_floats(inner) for inner in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def few_images_warning(metric: str, num_images: int) -> str | None:

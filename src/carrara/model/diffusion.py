@@ -24,6 +24,8 @@ class DiffusionModel(Model):
         autoencoder: frozen.
         objective: from clean latents to a loss.
         caption_dropout: probability of training on the empty caption (classifier-free guidance).
+        stratified: spread the times of a batch evenly over their distribution (Kingma et al. 2021, appendix I.1)
+            instead of drawing each by itself.
         caption_mean_weight: of that error; 0 builds no `CaptionMean`.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
@@ -38,6 +40,7 @@ class DiffusionModel(Model):
         autoencoder: Autoencoder,
         objective: Objective,
         caption_dropout: float,
+        stratified: bool,
         caption_mean_weight: float,
         optimizer: OptimizerFactory,
         warmup_steps: int,
@@ -51,6 +54,7 @@ class DiffusionModel(Model):
         self.autoencoder = autoencoder.eval()
         self.objective = objective
         self.caption_dropout = caption_dropout
+        self.stratified = stratified
         self.caption_mean_weight = caption_mean_weight
         self.caption_mean = CaptionMean(autoencoder.latent_channels, conditioner.width) if caption_mean_weight else None
 
@@ -70,15 +74,13 @@ class DiffusionModel(Model):
         captions = batch["captions"]
         training = u is None
         if u is None:  # times and drops keyed by the position in the stream
-            u = self.spread(batch, "time")
+            u = self.spread(batch, "time") if self.stratified else self.uniform(batch, "time")
             drop = (self.uniform(batch, "caption_dropout") < self.caption_dropout).tolist()
             captions = ["" if d else caption for d, caption in zip(drop, captions, strict=True)]
         conditioning = self.predictor.conditioner(captions)
         eps = self.normal(batch, "noise", shape)
 
-        def predict(x_t: Tensor, time: Tensor) -> Tensor:
-            return self.predictor.network(x_t, time, conditioning)
-
+        predict = self.objective.predict(self.predictor.network, conditioning)
         denoising = self.objective.loss(predict, x0, eps, u).mean()
         if self.caption_mean is None or not training:
             return {"loss": denoising}

@@ -1,16 +1,19 @@
 """Captions to pictures: conditioner, noise predictor, sampler, decoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from carrara import keyed_random
 from carrara.autoencoder.base import Autoencoder
-from carrara.diffusion.guidance import ClassifierFree
-from carrara.diffusion.objective import Objective
-from carrara.diffusion.sampler import Sampler
+from carrara.diffusion.guidance import Guidance, autoguidance, classifier_free
+from carrara.diffusion.objective import Objective, Predict
+from carrara.diffusion.sampler import OnStep, Sampler
+from carrara.diffusion.thresholding import Thresholding, Unbounded
 from carrara.model.diffusion import DiffusionModel
+from carrara.pipeline.source import Source
 
 
 class TextToImage:
@@ -50,10 +53,9 @@ class TextToImage:
         captions: list[str],
         indices: Sequence[int],
         seed: int,
-        sampler: Sampler,
-        guidance: ClassifierFree,
-        num_steps: int,
-        on_step: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+        sampling: "Sampling",
+        on_step: OnStep | None = None,
+        source: Source | None = None,
     ) -> Tensor:
         """One picture a caption, (B, 3, R, R) in [−1, 1].
 
@@ -61,8 +63,9 @@ class TextToImage:
             captions: B texts; "" is the unconditional picture.
             indices: B numbers; picture k of a seed is the same whatever else is in the batch.
             seed: of the noise.
-            sampler, guidance, num_steps: how to get from noise to the latent.
+            sampling: how to get from noise to the latent.
             on_step: told (step, t, latent, estimate of the clean latent) after every step.
+            source: a picture to start from instead of noise alone.
         """
         device = next(self.network.parameters()).device
         positions = torch.as_tensor(list(indices))  # noise is drawn on the CPU: the same on every device
@@ -72,11 +75,26 @@ class TextToImage:
         def noise() -> Tensor:
             return keyed_random.normal(seed, positions, f"generation/{next(draws)}", shape).to(device)
 
-        predict = guidance.guided(self.network, self.conditioner(captions), self.conditioner([""] * len(captions)))
-        schedule = self.objective.schedule
-        x = schedule.prior_scale * noise()
-        z = sampler(self.objective.denoiser(predict), x, schedule, num_steps, noise, on_step)
-        return self.decode(z)
+        denoise = sampling.thresholding.denoiser(self.objective.denoiser(self._guided(captions, sampling)))
+        schedule, times = self.objective.schedule, sampling.times
+        if source is None:
+            z = sampling.sampler(denoise, schedule.prior_scale * noise(), schedule, times, noise, on_step)
+            return self.decode(z)
+        times = source.rest_of(times)
+        z0 = self.autoencoder.encode(source.image.to(device)[None]).float().expand(len(captions), *shape)
+        z = self.objective.add_noise(z0, noise(), times[0])
+        z = sampling.sampler(source.keeping(denoise, z0), z, schedule, times, noise, on_step)
+        return source.paste(self.decode(z))
+
+    def _guided(self, captions: list[str], sampling: "Sampling") -> Predict:
+        texts, weak = self.conditioner(captions), sampling.weak
+        positive = self.objective.predict(self.network, texts)
+        if weak is None:
+            nothing = self.conditioner([""] * len(captions))
+            pair = classifier_free(self.objective, self.network, texts, nothing)
+        else:
+            pair = autoguidance(positive, weak.objective.predict(weak.network, weak.conditioner(captions)))
+        return sampling.guidance.guided(positive, pair)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -84,12 +102,33 @@ class TextToImage:
         return self.autoencoder.decode(z).float().clamp(-1, 1)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How to get from noise to a latent.
+
+    Attributes:
+        times: (num_steps + 1,), of `carrara.diffusion.spacing`.
+        weak: a weaker model of the same latents, schedule and target, for autoguidance; None guides by the empty
+            caption.
+    """
+
+    sampler: Sampler
+    times: Tensor
+    guidance: Guidance
+    thresholding: Thresholding = field(default_factory=Unbounded)
+    weak: TextToImage | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.times) - 1
+
+
 class Watch:
     """An `on_step` that keeps decoded pictures on their way out of the noise.
 
     Args:
         pipeline: decodes.
-        num_steps: the sampler's.
+        num_steps: that it will see.
         num_frames: how many steps to keep, spread evenly, the last always among them.
         num_samples: how many of the batch, from its first.
 

@@ -1,0 +1,97 @@
+"""Sampling a trained run in another way than it was sampled in training."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from carrara.build import load_trained
+from carrara.callback.checkpoint import digest, is_valid, newest_valid
+from carrara.component import read_component
+from carrara.config import Config, load_yaml
+from carrara.errors import UserError
+from carrara.model.diffusion import DiffusionModel
+from carrara.pipeline.text_to_image import TextToImage
+from carrara.run_folder import component_folder, find_run, is_finished
+
+_OPTIONS = ("sampler", "spacing", "thresholding")
+_VALUES = {
+    "num_steps": ("num_steps",),
+    "guidance_scale": ("guidance", "scale"),
+    "guidance_rescale": ("guidance", "rescale"),
+    "guidance_interval": ("guidance", "interval"),
+}
+_DENOISING = ("schedule", "parameterization")
+
+
+def load_weak(reference: str, config: Config, runs_dir: Path, device: torch.device) -> tuple[TextToImage, str]:
+    """The weaker model of autoguidance, and the hash of its weights.
+
+    Args:
+        reference: a run, or a checkpoint of one.
+        config: of the run that it guides.
+        device: where it goes.
+
+    Raises:
+        UserError: there is none, or it denoises something else: other latents, schedule or target.
+    """
+    checkpoint = Path(reference) if reference.endswith(".ckpt") else None
+    if checkpoint is not None and not is_valid(checkpoint):
+        raise UserError(f"weak={reference} is no intact checkpoint, or its .sha256 is missing")
+    folder = find_run(reference, runs_dir) if checkpoint is None else checkpoint.parent.parent
+    theirs, model, _ = load_trained(folder, checkpoint=checkpoint)
+    if not isinstance(model, DiffusionModel):
+        raise UserError(f"weak={reference} trained {theirs['name']}, which makes no pictures")
+    for key, mine, other in (
+        *((f"diffusion.{key}", config["diffusion"][key], theirs["diffusion"][key]) for key in _DENOISING),
+        ("data.resolution", config["data"]["resolution"], theirs["data"]["resolution"]),
+        ("its auto-encoder", _latents(config), _latents(theirs)),
+    ):
+        if mine != other:
+            raise UserError(f"weak={reference} cannot guide this run: {key} is {other}, here it is {mine}")
+    if checkpoint is None:
+        checkpoint = None if is_finished(folder) else newest_valid(folder / "checkpoints")
+    card = read_component(component_folder(folder)).card if checkpoint is None else {"sha256": digest(checkpoint)}
+    pipeline = TextToImage.of(model.to(device), theirs["data"]["resolution"])
+    return pipeline, card["sha256"]
+
+
+def _latents(config: Config) -> object:
+    part = (config.get("part") or {}).get("autoencoder")
+    return config["autoencoder"] if part is None else read_component(Path(part)).card["sha256"]
+
+
+def set_sampling(config: Config, conf_dir: Path, order: Mapping[str, Any]) -> None:
+    """Other ways to sample in a run's config, where `order` has them and they are not None.
+
+    Args:
+        order: `sampler`, `spacing`, `thresholding`: options of `conf/diffusion/…`; `num_steps`; `guidance_…`: of the
+            guidance.
+
+    Raises:
+        UserError: a run without sampling, or an option that is not there.
+    """
+    given = {key: order[key] for key in (*_OPTIONS, *_VALUES) if order[key] is not None}
+    if given and "diffusion" not in config:
+        raise UserError(f"{config['name']} samples nothing: leave {', '.join(given)} out")
+    for key, value in given.items():
+        if key in _OPTIONS:
+            config["diffusion"][key] = _option(conf_dir / "diffusion" / key, str(value))
+            continue
+        *path, last = _VALUES[key]
+        node = config["diffusion"]
+        for name in path:
+            node = node[name]
+        node[last] = value
+
+
+def _option(group: Path, name: str) -> Config:
+    path = group / f"{name}.yaml"
+    if not path.is_file():
+        there = sorted(p.stem for p in group.glob("*.yaml"))
+        close = difflib.get_close_matches(name, there, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
+        raise UserError(f"{group.name}={name} is not known; {hint}")
+    return load_yaml(path)
