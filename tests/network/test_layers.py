@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from carrara.network import layers
 from carrara.network.layers import (
@@ -82,6 +82,22 @@ def test_the_root_mean_square_is_one_and_the_dtype_stays():
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(norm(x.bfloat16()).float(), norm(x), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_the_norm_on_the_cpu_is_torchs(affine, size):
+    norm = RMSNorm(8, elementwise_affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+    x = (size * torch.randn(3, 4, 8)).requires_grad_()
+    ours, theirs = norm(x), nn.RMSNorm.forward(norm, x)
+    torch.testing.assert_close(ours, theirs)
+    weight, sources = torch.randn(3, 4, 8), [x, *norm.parameters()]
+    gradients = (torch.autograd.grad((y * weight).sum(), sources) for y in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert torch.equal(norm(torch.zeros(2, 8)), torch.zeros(2, 8))
 
 
 def test_the_gated_layer_is_that_of_the_paper():
