@@ -38,7 +38,9 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
     assert optimizer_bytes(model) == sum(v.numel() * v.element_size() for v in states if isinstance(v, torch.Tensor))
 
 
-@pytest.mark.parametrize("model", ["latent_unet", "pixel_unet", "autoencoder", "evaluator", "classifier"])
+@pytest.mark.parametrize(
+    "model", ["latent_unet", "latent_dit", "pixel_unet", "pixel_dit", "autoencoder", "evaluator", "classifier"]
+)
 @pytest.mark.parametrize("size", ["demo", "small", "base"])
 def test_every_models_network_fits_what_it_is_given(model, size):
     config = compose(CONF, "train", [f"model={model}", f"size={size}"]).config
@@ -48,5 +50,12 @@ def test_every_models_network_fits_what_it_is_given(model, size):
 @pytest.mark.parametrize("key", ["in_channels=5", "resolution=4", "context_width=77", "pooled_width=7"])
 def test_a_network_that_does_not_fit_is_refused(key):
     config = compose(CONF, "train", [f"network.{key}", "size=demo"]).config
+    with pytest.raises(UserError, match=r"does not fit latents of \(4, 8, 8\) and captions of width 128"):
+        check_fit(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("key", ["patch=3", "in_channels=5", "context_width=77", "pooled_width=7"])
+def test_a_transformer_that_does_not_fit_is_refused(key):
+    config = compose(CONF, "train", ["model=latent_dit", f"network.{key}", "size=demo"]).config
     with pytest.raises(UserError, match=r"does not fit latents of \(4, 8, 8\) and captions of width 128"):
         check_fit(config, meta_modules(config)[0])

@@ -1,17 +1,21 @@
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from carrara.network import layers
 from carrara.network.layers import (
     Attention,
     Downsample,
     ResidualBlock,
+    RMSNorm,
+    SwiGLU,
     Upsample,
     attend,
+    axial_angles,
     rotary_angles,
     rotate,
     sinusoidal_embedding,
@@ -70,9 +74,43 @@ def test_the_heads_of_attention_look_at_their_own_features():
     torch.testing.assert_close(attention(x, context), expected)
 
 
-def test_normalised_queries_and_keys_bound_the_logits():
+def test_the_root_mean_square_is_one_and_the_dtype_stays():
+    norm = RMSNorm(8)
+    x = 5 * torch.randn(3, 4, 8) + 2
+    torch.testing.assert_close(norm(x).square().mean(-1), torch.ones(3, 4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(norm(x), x / x.square().mean(-1, keepdim=True).sqrt())  # the mean is not taken out
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x.bfloat16()).float(), norm(x), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
+def test_the_norm_on_the_cpu_is_torchs(affine, size):
+    norm = RMSNorm(8, elementwise_affine=affine)
+    if affine:
+        nn.init.normal_(norm.weight)
+    x = (size * torch.randn(3, 4, 8)).requires_grad_()
+    ours, theirs = norm(x), nn.RMSNorm.forward(norm, x)
+    torch.testing.assert_close(ours, theirs)
+    weight, sources = torch.randn(3, 4, 8), [x, *norm.parameters()]
+    gradients = (torch.autograd.grad((y * weight).sum(), sources) for y in (ours, theirs))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert torch.equal(norm(torch.zeros(2, 8)), torch.zeros(2, 8))
+
+
+def test_the_gated_layer_is_that_of_the_paper():
+    layer = SwiGLU(6, hidden=10)
+    x = torch.randn(2, 3, 6)
+    gate, value = x @ layer.gate.weight.T, x @ layer.up.weight.T
+    torch.testing.assert_close(layer(x), (gate * gate.sigmoid() * value) @ layer.down.weight.T)
+
+
+@pytest.mark.parametrize("norm", [{}, {"norm": RMSNorm}])
+def test_normalised_queries_and_keys_bound_the_logits(norm):
     """However large the activations: each head's query and key have length √d, so a logit is at most √d."""
-    attention = Attention(16, heads=2, qk_norm=True)
+    attention = Attention(16, heads=2, qk_norm=True, **norm)
     x = torch.randn(1, 6, 16)
     with torch.no_grad():
         wanted = attention(x)
@@ -100,6 +138,29 @@ def test_rotary_positions_are_seen_only_as_distances():
     pairs = torch.view_as_complex(torch.stack([q[:4], q[4:]], 1))  # each pair is a complex number that turns
     turn = torch.exp(1j * 7 * 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4))
     torch.testing.assert_close(turned_q[7], torch.cat([(pairs * turn).real, (pairs * turn).imag]))
+
+
+def test_rotary_positions_of_a_picture_are_seen_only_as_offsets():
+    """A query and a key moved by as many rows and columns have the same product; rows and columns are told apart."""
+    height, width = 6, 7
+    q, k = torch.randn(2, 16)
+    angles = axial_angles(height, width, 16)
+    assert angles.shape == (height * width, 8)
+    turned_q, turned_k = (rotate(x.expand(height * width, 16), angles) for x in (q, k))
+    products = (turned_q @ turned_k.T).unflatten(0, (height, width)).unflatten(2, (height, width))
+    by_offset: dict[tuple[int, int], list[Tensor]] = {}
+    for i, j, m, n in itertools.product(range(height), range(width), range(height), range(width)):
+        by_offset.setdefault((m - i, n - j), []).append(products[i, j, m, n])
+    for same in by_offset.values():
+        torch.testing.assert_close(torch.stack(same), same[0].expand(len(same)), atol=1e-5, rtol=1e-5)
+    distinct = torch.stack([same[0] for same in by_offset.values()])
+    assert (distinct[:, None] - distinct).abs().fill_diagonal_(1).min() > 1e-5  # (2, 1) is not (1, 2) nor (1, -2)
+    assert abs(by_offset[0, 3][0] - by_offset[3, 0][0]) > 1e-2
+
+
+def test_rotary_positions_of_a_picture_need_two_pairs_of_features():
+    with pytest.raises(ValueError, match="a head has 6"):
+        axial_angles(2, 2, 6)
 
 
 def test_rotary_positions_need_pairs_of_features():
