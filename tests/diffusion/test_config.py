@@ -32,8 +32,8 @@ FILES = sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml"
 
 
 def load(path: Path) -> DictConfig:
-    with initialize_config_dir(str(path.parent), version_base="1.3"):
-        return compose(path.stem)
+    with initialize_config_dir(str(CONF.parent), version_base="1.3"):
+        return compose(f"diffusion/{path.parent.name}/{path.stem}").diffusion[path.parent.name]
 
 
 def test_every_group_has_a_config():

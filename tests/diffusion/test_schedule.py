@@ -203,6 +203,7 @@ def test_the_variance_exploding_kernel_is_that_of_its_sde():
         lambda: Sigmoid(3, -3),
         lambda: Sigmoid(tau=0),
         lambda: ZeroTerminalSNR(Discrete([0.1])),
+        lambda: ZeroTerminalSNR(Flow()),  # type: ignore[arg-type]
     ],
 )
 def test_impossible_settings_are_refused(build):

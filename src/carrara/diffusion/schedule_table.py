@@ -87,6 +87,10 @@ class ZeroTerminalSNR(Discrete):
     """A table whose alpha is shifted and scaled: the last is 0, the first stays (Lin et al. 2023, Algorithm 1)."""
 
     def __init__(self, table: Discrete) -> None:
+        if not isinstance(table, Discrete):
+            raise ValueError(
+                f"what is rescaled to a zero terminal SNR must be a table of betas, not {type(table).__name__}"
+            )
         alpha = (table.table(torch.device("cpu"))[1:] / 2).exp()
         first, last = alpha[0].item(), alpha[-1].item()
         if len(alpha) < 2:
