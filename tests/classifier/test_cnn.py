@@ -4,11 +4,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from carrara.callback.classification import Classification
-from carrara.classifier.cnn import CNN, UNKNOWN, Labels
-from carrara.errors import UserError
+from carrara.classifier.cnn import CNN
 from carrara.metric.extractor import OwnExtractor
 from carrara.metric.frechet import FrechetDistance
 from carrara.metric.kernel_distance import kernel_distance
+from carrara.network.labels import Labels
 from tests.tiny import Stream, classifier_model, setting, trainer
 
 CLASSES = [f"{color} {size}" for size in ("small", "large") for color in ("red", "green", "blue")]
@@ -77,21 +77,6 @@ def test_distances_rise_with_damage(classifier, damage, levels):
         kernel.append(float(kernel_distance(real, features)))
     for scores in (frechet, kernel):
         assert all(low < high for low, high in zip(scores, scores[1:]))  # noqa: RUF007 (pairwise reads worse)
-
-
-def test_labels_are_the_different_captions():
-    labels = Labels(3)
-    assert not labels.trained
-    labels.train_on(iter(["cube", "disc", "cube", "arc"]))
-    assert labels(["arc", "cube", "disc", "ring"]).tolist() == [0, 1, 2, UNKNOWN]
-    again = Labels(3)
-    again.load_state_dict(labels.state_dict())
-    assert again.trained and again(["disc"]).tolist() == [2]
-
-
-def test_sentences_are_no_labels():
-    with pytest.raises(UserError, match=r"more than 3 different ones, such as 'd': name labels with data\.caption"):
-        Labels(3).train_on("abcdef")
 
 
 @torch.no_grad()

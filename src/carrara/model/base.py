@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from carrara import keyed_random
 from carrara.model.optimizer import parameter_groups, warmup_cooldown
+from carrara.network.by_reference import ByReference
 
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
@@ -101,8 +102,10 @@ class Model(lightning.LightningModule):
         return frozen
 
     def _frozen_keys(self) -> set[str]:
+        """Keys of frozen parts, except for the references to weights that lie elsewhere: resuming compares them."""
         frozen = tuple(f"{name}." for name in self._frozen())
-        return {key for key in self.state_dict() if key.startswith(frozen)}
+        references = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, ByReference))
+        return {key for key in self.state_dict() if key.startswith(frozen) and not key.startswith(references)}
 
     def train(self, mode: bool = True) -> "Model":
         super().train(mode)

@@ -5,8 +5,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara.classifier.cnn import CNN, UNKNOWN
+from carrara.classifier.cnn import CNN
 from carrara.model.base import Model, OptimizerFactory
+from carrara.network.labels import UNKNOWN
 
 
 class ClassifierModel(Model):

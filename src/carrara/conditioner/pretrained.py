@@ -1,0 +1,299 @@
+"""Frozen text encoders that others have trained: BERT, GPT-2, T5 and CLIP, read by `transformers`.
+
+`transformers` is imported when one of them is built: that takes seconds.
+"""
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from carrara.conditioner.base import Conditioner
+from carrara.errors import UserError
+from carrara.network.by_reference import ByReference
+from carrara.network.conditioning import Conditioning
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")  # one of them is enough
+_NEEDED = (
+    _CONFIG, _WEIGHTS, _INDEX, "model-*.safetensors", *_TOKENIZERS,
+    "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+_SHORTEST = 3  # tokens: a start, a word and an end
+_SETTINGS = {  # whatever the model's own config says
+    "attn_implementation": "sdpa",  # it may name compiled code to be fetched from the hub
+    "use_cache": False,  # of GPT-2: no text is generated
+    "return_dict": True,
+}
+
+_log = logging.getLogger(__name__)
+
+
+class Pretrained(Conditioner):
+    """Captions -> the last hidden state of a frozen text encoder, after its final normalisation if it has one.
+
+    The pooled vector is, of
+
+    - BERT (Devlin et al. 2019) the mean over real tokens: without fine-tuning its [CLS] vector is the worse summary
+      (Reimers & Gurevych 2019, table 1);
+    - GPT-2 (Radford et al. 2019) the vector of the last token, the only one that has seen them all; <|endoftext|> is
+      put before every caption, so that the empty one has a token;
+    - T5's encoder (Raffel et al. 2020) the mean over real tokens;
+    - CLIP's text tower (Radford et al. 2021) the vector of the end token, before the projection.
+
+    Captions are padded to the longest of the batch, and padding is masked, here and in the network. Stable Diffusion 1
+    feeds all 77 tokens of CLIP instead, padding included, so its weights would not fit.
+
+    The weights are neither trained nor saved: checkpoints and components hold their SHA-256 (`ByReference`). It is
+    taken over the file, so it is the one that the hub shows and `sha256sum` prints, and no version of a library changes
+    it; of a model in several files, over their SHA-256s. The same weights written anew may be refused.
+
+    Args:
+        model: a name on the Hugging Face hub, or a folder in the layout of `transformers`.
+        width: see `Conditioner`; the encoder's.
+        max_length: most tokens of a caption, start and end included; the end is kept.
+
+    Raises:
+        UserError: no such model, or none of these families, weights that are not safetensors, no tokenizer, or
+            settings that do not fit the model.
+    """
+
+    def __init__(self, model: str, width: int, max_length: int):
+        super().__init__(width)
+        self.max_length = max_length
+        on_meta = torch.get_default_device().type == "meta"  # shapes only: no weights are read
+        _quieten()
+        folder = _local(model, [_CONFIG] if on_meta else list(_NEEDED))
+        self._family, config = _read_config(model, folder)
+        _check_settings(model, config, width, max_length)
+        if Path(model).is_dir() or not on_meta:
+            _check_files(model, folder)
+        if on_meta:
+            self.encoder = ByReference(self._family.build(config), model, sha256="")
+            return
+        self._tokenizer = _read_tokenizer(model, folder)
+        _check_tokenizer(model, self._tokenizer, self._family, config)
+        self.encoder = ByReference(_read_weights(model, folder, self._family, config), model, _sha256(folder))
+
+    def forward(self, captions: list[str]) -> Conditioning:
+        """B captions -> tokens (B, L, D) float32, their mask, and pooled vectors (B, D)."""
+        ids, mask = self.tokenize(captions)
+        device = next(self.encoder.parameters()).device
+        ids, mask = ids.to(device), mask.to(device)
+        tokens = self.encoder(ids, attention_mask=mask.long()).last_hidden_state.float()
+        return Conditioning(tokens, mask, self._family.pool(tokens, mask))
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids (B, L) int64 and mask (B, L) bool, on the CPU, padded to the longest caption of the batch."""
+        rows = [torch.tensor(row) for row in self._family.encode(self._tokenizer, list(captions), self.max_length)]
+        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+        return pad_sequence(rows, batch_first=True, padding_value=_padding_id(self._tokenizer)), mask
+
+
+# --- families ---
+
+
+def _with_its_tokens(tokenizer: Any, captions: list[str], max_length: int) -> list[list[int]]:
+    """Between the special tokens that the tokenizer itself adds, which are kept when a caption is cut."""
+    return tokenizer(captions, truncation=True, max_length=max_length)["input_ids"]
+
+
+def _after_start(tokenizer: Any, captions: list[str], max_length: int) -> list[list[int]]:
+    cut = tokenizer(captions, add_special_tokens=False, truncation=True, max_length=max_length - 1)["input_ids"]
+    return [[tokenizer.bos_token_id, *row] for row in cut]
+
+
+def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """tokens (B, L, D), mask (B, L) -> the mean over real ones (B, D)."""
+    weight = mask[..., None].to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1)
+
+
+def _last(tokens: Tensor, mask: Tensor) -> Tensor:
+    """tokens (B, L, D), mask (B, L) -> the last real one (B, D)."""
+    return tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How the models of a `model_type` are used.
+
+    Attributes:
+        name: the class of `transformers`.
+        encode: (tokenizer, captions, max_length) -> ids of each caption, special tokens included.
+        pool: tokens (B, L, D) and mask (B, L) -> (B, D).
+        settings: of the class.
+    """
+
+    name: str
+    encode: Callable[[Any, list[str], int], list[list[int]]]
+    pool: Callable[[Tensor, Tensor], Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_class(self) -> Any:
+        import transformers
+
+        return getattr(transformers, self.name)
+
+    def build(self, config: Any) -> nn.Module:
+        return self.model_class(config, **self.settings)
+
+
+_CLIP = _Family("CLIPTextModel", _with_its_tokens, _last)  # ends with the end token
+_FAMILIES = {
+    "bert": _Family("BertModel", _with_its_tokens, _mean, {"add_pooling_layer": False}),
+    "gpt2": _Family("GPT2Model", _after_start, _last),
+    "t5": _Family("T5EncoderModel", _with_its_tokens, _mean),
+    "clip": _CLIP,  # both towers, of which the text's is taken
+    "clip_text_model": _CLIP,
+}
+
+
+# --- the folder ---
+
+
+def _local(model: str, patterns: list[str]) -> Path:
+    """The model's folder: itself, or its copy in the hub's cache, with what is missing there downloaded."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if not any(isinstance(try_to_load_from_cache(model, name), str) for name in (_WEIGHTS, _INDEX)):
+            _log.info("looking for the text encoder %s on the Hugging Face hub", model)
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except GatedRepoError:
+        problem = "the hub wants to know who reads it: accept its terms there and log in with `hf auth login`"
+    except (RepositoryNotFoundError, HFValidationError):
+        problem = "there is no such folder, and the hub has no such model: name one of them"
+    except OSError:
+        problem = (
+            "there is no such folder, and the hub's model is not on this machine and cannot be fetched: download it "
+            f"once with `hf download {model}`, or name a local folder"
+        )
+    raise _mistake(model, problem)
+
+
+def _read_config(model: str, folder: Path) -> tuple[_Family, Any]:
+    with _reading(model, _CONFIG):
+        model_type = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("model_type")
+        family = _FAMILIES.get(model_type)
+        if family is None:
+            known = ", ".join(_FAMILIES)
+            raise _mistake(model, f"a model of type {model_type} is none of the text encoders known here: {known}")
+        return family, family.model_class.config_class.from_pretrained(folder, **_SETTINGS)
+
+
+def _check_settings(model: str, config: Any, width: int, max_length: int) -> None:
+    if width != config.hidden_size:
+        raise UserError(f"conditioner.width={width}, but {model} has {config.hidden_size} features: pass that number")
+    most = getattr(config, "max_position_embeddings", None)  # T5's positions are relative
+    if max_length < _SHORTEST or (most is not None and max_length > most):
+        there = f"from {_SHORTEST} on" if most is None else f"from {_SHORTEST} to {most}"
+        raise UserError(f"conditioner.max_length={max_length}, but {model} takes captions of {there} tokens")
+
+
+def _check_files(model: str, folder: Path) -> None:
+    with _reading(model, _INDEX):
+        missing = [name for name in _weight_files(folder) if not (folder / name).is_file()]
+    if missing:
+        raise _mistake(
+            model,
+            f"it has no {missing[0]}; pickled weights are not read, since they can run code: "
+            "take a model with safetensors, or convert it with save_pretrained",
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise _mistake(
+            model, f"it has no tokenizer ({' or '.join(_TOKENIZERS)}): save that of the model in the same folder"
+        )
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold the weights, whether they are there or not."""
+    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
+        return [_WEIGHTS]
+    return sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def _sha256(folder: Path) -> str:
+    digests = []
+    for name in _weight_files(folder):
+        with (folder / name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _read_tokenizer(model: str, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with _reading(model, "its tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _check_tokenizer(model: str, tokenizer: Any, family: _Family, config: Any) -> None:
+    empty = family.encode(tokenizer, [""], _SHORTEST)[0]
+    if not empty or None in empty:
+        raise _mistake(model, "its tokenizer adds no start or end token, so the empty caption would have no token")
+    if max(tokenizer.get_vocab().values()) >= config.vocab_size:
+        raise _mistake(model, f"its tokenizer has more than the model's {config.vocab_size} tokens: it is of another")
+
+
+def _padding_id(tokenizer: Any) -> int:
+    """GPT-2 has no padding token; which one it is does not matter behind the mask."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _read_weights(model: str, folder: Path, family: _Family, config: Any) -> nn.Module:
+    with _reading(model, "its weights"):
+        encoder, found = family.model_class.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **family.settings,
+        )
+        missing = sorted(found["missing_keys"])  # transformers draws them at random
+        if missing:
+            raise _mistake(model, f"{len(missing)} of its weights are missing, such as {missing[0]}: fetch it again")
+        return encoder
+
+
+@contextmanager
+def _reading(model: str, what: str) -> Iterator[None]:
+    """Whatever is wrong with a file of somebody else's: `transformers` has no exception of its own for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _mistake(model, f"{what} cannot be read ({' '.join(str(error).split())[:200]})") from error
+
+
+def _mistake(model: str, problem: str) -> UserError:
+    return UserError(f"conditioner.model={model}: {problem}")
+
+
+def _quieten() -> None:
+    """Advice and progress bars are for those who call these libraries by hand."""
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.disable_progress_bars()
+    for name in ("transformers", "huggingface_hub"):
+        warnings.filterwarnings("ignore", module=name)
