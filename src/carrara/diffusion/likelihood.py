@@ -93,6 +93,15 @@ def discretized_gaussian(x0: Tensor, mean: Tensor, std: float) -> Tensor:
     return log_upper + torch.log1p(-(log_lower - log_upper).exp())
 
 
+def ode_times(schedule: NoiseSchedule, num_steps: int) -> Tensor:
+    """Times for `ode_log_likelihood`, (num_steps + 1,), even in log SNR: near t = 0 a density changes fastest."""
+    ends = schedule.logsnr(torch.tensor([1, schedule.t_min], dtype=torch.float64))
+    even = torch.linspace(max(ends[0].item(), -10), ends[1].item(), num_steps + 1, dtype=torch.float64)
+    times = schedule.t_from_logsnr(even)
+    times[0] = 1
+    return times
+
+
 def ode_log_likelihood(denoise: Denoise, x0: Tensor, schedule: NoiseSchedule, times: Tensor, probe: Tensor) -> Tensor:
     """log p(x0) of the probability-flow ODE's samples (Song et al. 2021, eq. 39), in nats, (B,) float64.
 

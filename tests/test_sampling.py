@@ -1,0 +1,126 @@
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from carrara.build import build_sampling
+from carrara.callback.checkpoint import VerifiedCheckpointIO
+from carrara.config import compose
+from carrara.errors import UserError
+from carrara.run_folder import save_config
+from carrara.sampling import load_weak, set_sampling
+from tests.tiny import diffusion_model, kl
+
+CONF = Path(__file__).parents[1] / "conf"
+NOTHING: dict[str, Any] = dict.fromkeys(
+    ("sampler", "spacing", "thresholding", "num_steps", "guidance_scale", "guidance_rescale", "guidance_interval")
+)
+PIXELS = diffusion_model().autoencoder
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, Any]:
+    return compose(
+        CONF, "train", ["model=pixel_unet", "diffusion/schedule=linear", "diffusion/parameterization=v"]
+    ).config
+
+
+@pytest.fixture
+def config(composed) -> dict[str, Any]:
+    return deepcopy(composed)
+
+
+def test_every_key_changes_what_it_names(config):
+    order = {
+        "sampler": "heun_churn", "spacing": "karras", "thresholding": "dynamic", "num_steps": 7, "guidance_scale": 4.0,
+        "guidance_rescale": 0.5, "guidance_interval": [0.1, 0.8],
+    }  # fmt: skip
+    before = deepcopy(config)
+    set_sampling(config, CONF, NOTHING)
+    assert config == before
+    set_sampling(config, CONF, order)
+    sampling = build_sampling(config, PIXELS)
+    assert type(sampling.sampler).__name__ == "Heun" and sampling.sampler.draws_noise
+    assert sampling.num_steps == 7 and type(sampling.thresholding).__name__ == "Dynamic"
+    assert (sampling.guidance.scale, sampling.guidance.rescale, sampling.guidance.interval) == (4, 0.5, (0.1, 0.8))
+    assert not torch.allclose(sampling.times, torch.linspace(1, 0, 8).double())
+    rest = {key: value for key, value in config.items() if key != "diffusion"}
+    assert rest == {key: value for key, value in before.items() if key != "diffusion"}
+
+
+def test_unknown_options_and_runs_that_sample_nothing(config):
+    with pytest.raises(UserError, match="sampler=huen is not known; did you mean heun"):
+        set_sampling(config, CONF, NOTHING | {"sampler": "huen"})
+    with pytest.raises(UserError, match="spacing=x is not known; there are karras"):
+        set_sampling(config, CONF, NOTHING | {"spacing": "x"})
+    autoencoder = {"name": "autoencoder"}
+    set_sampling(autoencoder, CONF, NOTHING)
+    with pytest.raises(UserError, match="autoencoder samples nothing: leave num_steps out"):
+        set_sampling(autoencoder, CONF, NOTHING | {"num_steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 1001}, "num_steps is 1001, but the schedule's table has 1000"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"guidance_rescale": 2}, "guidance.rescale"),
+        ({"guidance_interval": [1, 0]}, "guidance.interval"),
+    ],
+)
+def test_what_a_schedule_does_not_have_is_told(config, changes, message):
+    set_sampling(config, CONF, NOTHING | changes)
+    with pytest.raises(UserError, match=message):
+        build_sampling(config, PIXELS)
+
+
+def test_singular_spacings_and_bounds_on_latents_are_refused(config):
+    set_sampling(config, CONF, NOTHING | {"thresholding": "static"})
+    build_sampling(config, PIXELS)
+    with pytest.raises(UserError, match="latents of an auto-encoder have no bounds"):
+        build_sampling(config, kl())
+    config["diffusion"]["schedule"] = {"_target_": "carrara.diffusion.schedule.Flow", "shift": 1.0}
+    set_sampling(config, CONF, NOTHING | {"spacing": "logsnr"})
+    with pytest.raises(UserError, match=r"diffusion.spacing: .*LogSNR.*Flow"):
+        build_sampling(config, PIXELS)
+
+
+# --- autoguidance ---
+
+
+def test_a_weak_model_that_is_not_there_or_damaged(config, tmp_path):
+    with pytest.raises(UserError, match="no run nowhere"):
+        load_weak("nowhere", config, tmp_path, torch.device("cpu"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step=00000001.ckpt"
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        load_weak(str(checkpoint), config, tmp_path, torch.device("cpu"))
+    VerifiedCheckpointIO().save_checkpoint({"a": 1}, checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        load_weak(str(checkpoint), config, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            ("diffusion", "schedule"),
+            {"_target_": "carrara.diffusion.schedule.Cosine", "s": 0.008},
+            "diffusion.schedule",
+        ),
+        (("diffusion", "parameterization"), {"_target_": "carrara.diffusion.parameterization.X0"}, "parameterization"),
+        (("data", "resolution"), 16, "data.resolution"),
+    ],
+)
+def test_a_weak_model_of_something_else_is_refused(config, tmp_path, monkeypatch, path, value, message):
+    theirs = deepcopy(config)
+    theirs[path[0]][path[1]] = value
+    (tmp_path / "weak").mkdir()
+    save_config(tmp_path / "weak", theirs)
+    monkeypatch.setattr(
+        "carrara.sampling.load_trained", lambda folder, checkpoint=None: (theirs, diffusion_model(), {})
+    )
+    with pytest.raises(UserError, match=f"weak=weak cannot guide this run: .*{message}"):
+        load_weak("weak", config, tmp_path, torch.device("cpu"))
