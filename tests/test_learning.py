@@ -1,17 +1,19 @@
-"""What a trained noise predictor must have learned: a model of 8 × 8 shapes, trained here for a minute or two."""
+"""What a trained noise predictor must have learned: models of 8 × 8 shapes, trained here for a minute or two each."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from carrara.autoencoder.identity import Identity
-from carrara.conditioner.text import Text
+from carrara.conditioner.base import Conditioner
+from carrara.conditioner.text import Text, Unconditional
 from carrara.data import shapes
 from carrara.diffusion.objective import Objective
-from carrara.diffusion.parameterization import Epsilon
+from carrara.diffusion.parameterization import EDM, Epsilon
+from carrara.diffusion.schedule import VarianceExploding
 from carrara.diffusion.schedule_table import Linear
-from carrara.diffusion.time_sampling import Uniform
-from carrara.diffusion.weighting import Unweighted
+from carrara.diffusion.time_sampling import SingleLevel, Uniform
+from carrara.diffusion.weighting import Noise, Unweighted
 from carrara.model.diffusion import DiffusionModel
 from carrara.network.conditioning import Conditioning
 from tests import tiny
@@ -20,31 +22,30 @@ pytestmark = pytest.mark.slow
 STEPS, BATCH, TEST = 500, 32, 512
 
 
-@pytest.fixture(scope="module")
-def trained() -> DiffusionModel:
+def train(objective: Objective, conditioner: Conditioner, steps: int = STEPS) -> DiffusionModel:
     torch.manual_seed(0)
-    train = shapes.examples(0, "train", range(4000), resolution=8)
-    conditioner = Text(vocab_size=512, max_length=48, width=64, depth=2, heads=2)
-    conditioner.tokenizer.train_on(train.captions)
+    examples = shapes.examples(0, "train", range(4000), resolution=8)
+    if isinstance(conditioner, Text):
+        conditioner.tokenizer.train_on(examples.captions)
     model = tiny.diffusion_model(
         Identity(),
         network=tiny.unet(channels=[64], attention=[True], context_width=64, pooled_width=64),
         conditioner=conditioner,
-        objective=Objective(Linear(), Epsilon(), Uniform(), Unweighted()),
+        objective=objective,
         optimizer=lambda groups: tiny.Muon(groups, lr=5e-3, momentum=0.95, betas=(0.9, 0.98), weight_decay=0.0),
-        max_steps=STEPS,
+        max_steps=steps,
         warmup_steps=20,
         cooldown=0.4,
     )
     configured = model.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-    order = torch.randperm(STEPS * BATCH, generator=torch.Generator().manual_seed(0)) % 4000
-    images = torch.from_numpy(train.images)
-    for step in range(STEPS):
+    order = torch.randperm(steps * BATCH, generator=torch.Generator().manual_seed(0)) % 4000
+    images = torch.from_numpy(examples.images)
+    for step in range(steps):
         rows = order[step * BATCH : (step + 1) * BATCH]
         batch = {
             "images": images[rows],
-            "captions": [train.captions[k] for k in rows],
+            "captions": [examples.captions[k] for k in rows],
             "positions": torch.arange(step * BATCH, (step + 1) * BATCH),
         }
         optimizer.zero_grad()
@@ -53,6 +54,12 @@ def trained() -> DiffusionModel:
         optimizer.step()
         scheduler.step()
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained() -> DiffusionModel:
+    conditioner = Text(vocab_size=512, max_length=48, width=64, depth=2, heads=2)
+    return train(Objective(Linear(), Epsilon(), Uniform(), Unweighted()), conditioner)
 
 
 @torch.no_grad()
@@ -94,3 +101,68 @@ def test_it_is_far_better_than_any_multiple_of_the_noisy_picture(trained):
     best_multiple = 1 - sigma**2 / (alpha**2 * moment + sigma**2)
     assert losses(trained, "zero").mean() == pytest.approx(1, abs=0.02)
     assert losses(trained).mean() < 0.5 * best_multiple.mean()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> tuple[Tensor, Tensor]:
+    """Training and test pictures (N, 192) in [−1, 1], float64."""
+    found = (shapes.examples(0, split, range(n), resolution=8) for split, n in (("train", 4000), ("seen", TEST)))
+    train, test = (torch.from_numpy(examples.images).double().flatten(1) / 127.5 - 1 for examples in found)
+    return train, test
+
+
+@pytest.mark.parametrize("times", [SingleLevel(0.5), Uniform()], ids=["denoising_autoencoder", "score_network"])
+@torch.no_grad()
+def test_it_denoises_better_than_any_linear_filter(times, pixels):
+    """E2: pictures are not Gaussian. Wiener's is the best linear filter; it knows the pictures' covariance."""
+    train_pixels, test_pixels = pixels
+    sigma = 0.5
+    noisy = test_pixels + sigma * torch.randn(test_pixels.shape, generator=torch.Generator().manual_seed(1)).double()
+    mean, covariance = train_pixels.mean(0), torch.cov(train_pixels.T)
+    gain = torch.linalg.solve(covariance + sigma**2 * torch.eye(len(mean)), covariance)
+    wiener = (mean + (noisy - mean) @ gain - test_pixels).square().mean()
+
+    schedule = VarianceExploding()
+    with torch.enable_grad():
+        model = train(Objective(schedule, EDM(0.5), times, Noise()), Unconditional(64), steps=300)
+    predict = model.objective.predict(model.predictor.network, model.predictor.conditioner([""] * TEST))
+    t = schedule.t_from_logsnr(-2 * torch.tensor(sigma).double().log())
+    x0_hat = model.objective.denoiser(predict)(noisy.reshape(TEST, 3, 8, 8).float(), t)
+    assert (x0_hat.double().flatten(1) - test_pixels).square().mean() < 0.9 * wiener
+
+
+@torch.no_grad()
+def test_the_score_is_that_of_the_noisy_density():
+    """A10: denoising score matching finds the score of a mixture of Gaussians, known in closed form."""
+    schedule, sigma = VarianceExploding(0.05, 5), 0.3
+    means = torch.tensor([[-1.0, 0.5], [1.0, -0.5]])
+
+    def draw(n: int) -> Tensor:
+        return means[(torch.rand(n) < 0.7).long()] + 0.1 * torch.randn(n, 2)
+
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(3, 128), torch.nn.SiLU(), torch.nn.Linear(128, 128), torch.nn.SiLU(), torch.nn.Linear(128, 2)
+    )
+
+    def network(x: Tensor, c_noise: Tensor, conditioning: None) -> Tensor:
+        return layers(torch.cat([x, c_noise[:, None] / 1000], dim=1))
+
+    objective = Objective(schedule, EDM(1.0), Uniform(), Noise())
+    predict = objective.predict(network, None)
+    optimizer = torch.optim.Adam(layers.parameters(), lr=2e-3)
+    with torch.enable_grad():
+        for _ in range(2000):
+            x0 = draw(512)
+            loss = objective.loss(predict, x0, torch.randn_like(x0), torch.rand(512)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    x = (draw(2000) + sigma * torch.randn(2000, 2)).double()
+    variance = 0.1**2 + sigma**2
+    from_mean = means.double() - x[:, None]
+    share = (torch.tensor([0.3, 0.7]).log() - from_mean.square().sum(-1) / (2 * variance)).softmax(-1)
+    score = (share[..., None] * from_mean).sum(1) / variance
+    t = schedule.t_from_logsnr(-2 * torch.tensor(sigma).double().log())
+    learnt = (objective.denoiser(predict)(x.float(), t) - x.float()) / sigma**2
+    assert torch.nn.functional.cosine_similarity(learnt.double().flatten(), score.flatten(), dim=0) > 0.95

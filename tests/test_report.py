@@ -154,6 +154,7 @@ def make_run(root: Path, epochs: int = 6, attack: bool = False) -> Path:
         write_grid(samples, f"epoch={epoch:04d}", tiles, list(entries), 8)
     pairs = [shape_picture(index // 2, 1.0 if index % 2 == 0 else 0.93) for index in range(16)]
     write_grid(samples, f"reconstruction={epochs - 1:04d}", pairs, [{"caption": c} for c in captions[:8]], 4)
+    write_grid(samples, f"denoising={epochs - 1:04d}", pairs, [{"caption": c} for c in captions[:8]], 4)
     steps = 12
     strip = Image.new("RGB", (steps * TILE, 4 * TILE))
     for row in range(4):
@@ -203,6 +204,7 @@ def test_page_has_every_section_and_balanced_tags(run_dir: Path) -> None:
         "pictures",
         "strip",
         "reconstructions",
+        "denoised",
         "table",
         "curves",
         "parts",
@@ -297,6 +299,7 @@ def test_cut_line_and_not_a_number(run_dir: Path) -> None:
         ("samples/strip.json", "strip"),
         ("samples/strip.png", "strip"),
         ("samples/reconstruction=0005.png", "reconstructions"),
+        ("samples/denoising=0005.png", "denoised"),
         ("config.yaml", "parts"),
     ],
 )

@@ -64,6 +64,17 @@ SCORES: dict[str, Score] = {
         few=64,
         warning=_NOISY,
     ),
+    "denoised_psnr": Score(
+        "PSNR, denoised",
+        "How close the estimate of a noisy picture comes to the one without noise; read that of the noisy beside it.",
+        better="higher",
+        unit="dB",
+        few=64,
+        warning=_NOISY,
+    ),
+    "noisy_psnr": Score(
+        "PSNR, noisy", "How close the noisy picture is: what there is to gain on.", better="higher", unit="dB"
+    ),
     "reconstruction_accuracy": _share(
         "Reconstruction accuracy",
         "Share of pictures that show what their caption says after the auto-encoder too, read by a parser.",
