@@ -110,6 +110,7 @@ def _gpt2(vocab_size: int, max_length: int, width: int, depth: int, heads: int) 
         n_embd=width,
         n_layer=depth,
         n_head=heads,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one operation
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

@@ -48,6 +48,10 @@ class LanguageModelModel(Model):
     def hot(self) -> list[nn.Module]:
         return [self.language_model.encoder]
 
+    def on_fit_start(self) -> None:
+        if self.device.type == "cpu":  # see `carrara.network.layers.attend`
+            self.language_model.network.set_attn_implementation("eager")
+
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         """The loss; there is nothing for `u` to replace."""
         logits, targets = self.predictions(batch)
