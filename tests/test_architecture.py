@@ -71,7 +71,7 @@ def test_a_language_model_that_is_not_trained_yet_is_planned_with(objective, siz
 
 def test_a_conditioner_without_its_language_model_is_refused():
     config = compose(CONF, "train", ["conditioner=language_model", "part.language_model=null", "size=demo"]).config
-    with pytest.raises(UserError, match="part.language_model=null, but the conditioner reads it"):
+    with pytest.raises(UserError, match=r"part\.language_model=null, but the conditioner reads it"):
         meta_modules(config)
 
 

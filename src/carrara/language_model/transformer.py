@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from carrara.language_model.unigram import Unigram
 from carrara.network.hugging_face import quieten
-from carrara.network.tokenizer import END, PAD, START, Tokenizer
+from carrara.network.tokenizer import END, PAD, SPECIAL_TOKENS, START, Tokenizer
 
 MASK = "<mask>"
+MASK_ID = len(SPECIAL_TOKENS)  # the next one
 MASKED, CAUSAL = "masked", "causal"
 
 

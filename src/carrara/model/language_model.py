@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara import keyed_random
-from carrara.language_model.transformer import MASK, LanguageModel
+from carrara.language_model.transformer import MASK_ID, LanguageModel
 from carrara.model.base import Model, OptimizerFactory
 from carrara.network.hugging_face import EXPORTED
 
@@ -86,7 +86,7 @@ class LanguageModelModel(Model):
         any_token = first + (self._draw(batch, "any_token", ids) * (end - first)).long()
         u = self._draw(batch, "corrupted", ids)
         corrupted = ids.where(~chosen | (u >= _HIDDEN + _REPLACED), any_token)
-        return corrupted.masked_fill(chosen & (u < _HIDDEN), tokenizer.backend.token_to_id(MASK))
+        return corrupted.masked_fill(chosen & (u < _HIDDEN), MASK_ID)
 
     def _draw(self, batch: dict[str, Any], purpose: str, like: Tensor) -> Tensor:
         """(B, L) uniforms; a longer caption in the batch, and so a larger L, leaves a caption's first ones alone."""
