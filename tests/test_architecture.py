@@ -39,12 +39,40 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
 
 
 @pytest.mark.parametrize(
-    "model", ["latent_unet", "latent_dit", "pixel_unet", "pixel_dit", "autoencoder", "evaluator", "classifier"]
+    "model",
+    [
+        "latent_unet",
+        "latent_dit",
+        "pixel_unet",
+        "pixel_dit",
+        "autoencoder",
+        "evaluator",
+        "classifier",
+        "language_model",
+    ],
 )
 @pytest.mark.parametrize("size", ["demo", "small", "base"])
 def test_every_models_network_fits_what_it_is_given(model, size):
     config = compose(CONF, "train", [f"model={model}", f"size={size}"]).config
     check_fit(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+@pytest.mark.parametrize("size", ["demo", "small", "base"])
+def test_a_language_model_that_is_not_trained_yet_is_planned_with(objective, size):
+    chosen = ["conditioner=language_model", f"language_model={objective}", f"size={size}"]
+    config = compose(CONF, "train", ["model=pixel_unet", *chosen]).config
+    modules, _ = meta_modules(config)
+    check_fit(config, modules)
+    assert not any(True for _ in modules["conditioner"].parameters())
+    assert all(not p.requires_grad and p.device.type == "meta" for p in modules["language_model"].parameters())
+    assert config["network"]["context_width"] == config["language_model"]["width"]
+
+
+def test_a_conditioner_without_its_language_model_is_refused():
+    config = compose(CONF, "train", ["conditioner=language_model", "part.language_model=null", "size=demo"]).config
+    with pytest.raises(UserError, match=r"part\.language_model=null, but the conditioner reads it"):
+        meta_modules(config)
 
 
 @pytest.mark.parametrize("key", ["in_channels=5", "resolution=4", "context_width=77", "pooled_width=7"])

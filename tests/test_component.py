@@ -118,6 +118,23 @@ def test_what_fails_while_saving_leaves_nothing(saved, monkeypatch):
     assert os.listdir(folder.parent) == ["component"]
 
 
+def test_further_files_are_written_along_or_nothing_is(tmp_path):
+    def write(folder: Path) -> None:
+        (folder / "more").mkdir()
+        (folder / "more" / "config.json").write_text("{}")
+
+    def fail(folder: Path) -> None:
+        (folder / "more").mkdir()
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        save_component(tmp_path / "x", "autoencoder", KL_NODE, build(KL_NODE), CARD, fail)
+    assert os.listdir(tmp_path) == []
+    save_component(tmp_path / "x", "autoencoder", KL_NODE, build(KL_NODE), CARD, write)
+    assert (tmp_path / "x" / "more" / "config.json").read_text() == "{}"
+    load_component(tmp_path / "x", "autoencoder")
+
+
 def test_a_card_must_say_what_it_is_of(tmp_path):
     with pytest.raises(ValueError, match="lacks data, scores"):
         save_component(tmp_path / "x", "autoencoder", KL_NODE, build(KL_NODE), {"fingerprint": ""})

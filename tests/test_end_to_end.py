@@ -291,6 +291,37 @@ def test_a_classifier_is_trained_on_labels_and_judges(workplace: tuple[Path, Pat
     assert done.returncode == 2 and "samples nothing" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+def test_a_language_model_is_trained_first_and_reads_the_captions(workplace: tuple[Path, Path], objective: str) -> None:
+    cwd, _ = workplace
+    small = [
+        *TINY, "model=pixel_unet", "conditioner=language_model", f"language_model={objective}", "part.evaluator=null",
+        "size.language_model.width=16", "size.language_model.depth=1", "size.language_model.max_steps=3",
+        "size.language_model.batch_size=16", "size.pixel_unet.channels=[16,16,16]", "trainer.max_steps=2",
+        "trainer.batch_size=4", f"runs_dir={objective}",
+    ]  # fmt: skip
+    plan = run("train.py", *small, "dry_run=true", cwd=cwd)
+    assert plan.returncode == 0, plan.stderr
+    assert "part        language_model to be trained first in" in plan.stdout
+    for _ in range(2):  # the second finds the part
+        done = run("train.py", *small, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+    (part,) = (cwd / objective / "components").iterdir()
+    assert part.name.startswith("language_model-")
+    assert 1 < last(part, "val/perplexity") < 1000 and last(part, "val/unigram_perplexity") > 1
+    folder = max((cwd / objective / "pixel_unet-shapes").iterdir())
+    exported = load_config(folder / "component")["conditioner"]
+    assert exported["model"] == str((part / "component").relative_to(cwd))
+    state = load_file(folder / "component" / "weights.safetensors")
+    assert [key for key in state if not key.startswith("network.")] == ["conditioner.encoder._extra_state"]
+    done = run("generate.py", f"run={folder}", "prompt=a red circle", "num_steps=2", f"out={cwd / 'read'}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert (cwd / "read" / "0000.png").is_file()
+    done = run("evaluate.py", f"run={part}", "trainer.accelerator=cpu", "trainer.precision=32-true", cwd=cwd)
+    assert done.returncode == 0 and "val/perplexity" in done.stdout, done.stderr
+
+
 def test_sweep_makes_one_run_each(workplace: tuple[Path, Path]) -> None:
     """e: four runs, each trained once, the parts trained once for all."""
     cwd, _ = workplace

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from carrara.component import save_component
-from carrara.config import Composed, build
+from carrara.config import Composed, build, compose
 from carrara.errors import UserError
 from carrara.parts import Part, find_component, in_order, needed_parts, train_missing, with_parts
 
@@ -72,6 +72,51 @@ def test_a_part_of_another_width_is_refused(run, key, number):
     message = f"has {key} {NODE[key]}, this run's autoencoder has {number}: pass autoencoder.{key}={NODE[key]}"
     with pytest.raises(UserError, match=message):
         needed_parts(Path(), composed(str(run), **{key: number}), None)
+
+
+CONF = Path(__file__).parents[1] / "conf"
+READS_ONE = ["model=pixel_unet", "conditioner=language_model", "part.evaluator=null", "data=laion", "size=demo"]
+
+
+def language_model_of(*overrides: str) -> Part:
+    [part] = needed_parts(CONF, compose(CONF, "train", [*READS_ONE, *overrides]), "of the data")
+    assert part.kind == "language_model" and part.run is not None
+    return part
+
+
+def test_a_language_model_is_a_part_of_the_run_that_reads_it_alone():
+    part = language_model_of()
+    assert part.config["name"] == "language_model" and part.config["language_model"]["objective"] == "masked"
+    for conditioner in ("text", "none", "bert"):
+        composed = compose(CONF, "train", [f"conditioner={conditioner}", "size=demo"])
+        assert [p.kind for p in needed_parts(CONF, composed, None)] == ["autoencoder", "evaluator"]
+        assert "language_model" not in composed.config
+
+
+def test_a_language_model_is_found_by_what_shapes_it():
+    def run(*overrides: str) -> Path | None:
+        return language_model_of(*overrides).run
+
+    assert run() == run("seed=5", "trainer.max_steps=7", "model/optimizer=sgd", "network.num_blocks=2")
+    others = [
+        run(), run("language_model=causal"), run("language_model.width=64"), run("size.language_model.max_steps=9")
+    ]  # fmt: skip
+    assert len(set(others)) == len(others)
+
+
+def test_a_language_model_of_another_width_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    node = compose(CONF, "train", ["model=language_model", "size=demo"]).config["language_model"]
+    save_component(
+        Path("lm"), "language_model", node, build(node), {"fingerprint": "", "data": {}, "scores": {}}
+    )  # 128 wide
+    composed = compose(CONF, "train", [*READS_ONE, "part.language_model=lm"])
+    [part] = needed_parts(CONF, composed, None)
+    assert with_parts(composed.config, [part])["part"]["language_model"] == "lm"
+    for key, there, here in (("width", 128, 64), ("max_length", 48, 20)):
+        composed = compose(CONF, "train", [*READS_ONE, "part.language_model=lm", f"language_model.{key}={here}"])
+        with pytest.raises(UserError, match=f"has {key} {there}, this run's language_model has {here}"):
+            needed_parts(CONF, composed, None)
 
 
 def test_no_part_is_no_part(run):

@@ -29,10 +29,12 @@ from carrara.diffusion.schedule_table import Linear
 from carrara.diffusion.time_sampling import Uniform
 from carrara.diffusion.weighting import Unweighted
 from carrara.evaluator.clip import CLIP
+from carrara.language_model.transformer import LanguageModel
 from carrara.model.autoencoder import AutoencoderModel
 from carrara.model.classifier import ClassifierModel
 from carrara.model.diffusion import DiffusionModel
 from carrara.model.evaluator import EvaluatorModel
+from carrara.model.language_model import LanguageModelModel
 from carrara.model.optimizer import Muon, sgd
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
@@ -220,6 +222,25 @@ def classifier_model(labels: Sequence[str], channels: Sequence[int] = (8, 16), *
         "seed": 0,
     }
     return ClassifierModel(**settings | changes)
+
+
+def language_model(objective: str, max_length: int = 12) -> LanguageModel:
+    model = LanguageModel(objective, vocab_size=300, max_length=max_length, width=16, depth=2, heads=2)
+    model.tokenizer.train_on(CAPTIONS)
+    model.unigram.train_on(CAPTIONS)
+    return model
+
+
+def language_model_model(objective: str, **changes: Any) -> LanguageModelModel:
+    settings: dict[str, Any] = {
+        "language_model": language_model(objective),
+        "optimizer": MUON,
+        "warmup_steps": 0,
+        "cooldown": 0.0,
+        "max_steps": 100,
+        "seed": 0,
+    }
+    return LanguageModelModel(**settings | changes)
 
 
 def trainer(folder: Path, *callbacks: lightning.Callback, max_steps: int, **changes: Any) -> lightning.Trainer:

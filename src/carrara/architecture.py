@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from carrara.autoencoder.base import Autoencoder
-from carrara.build import ARCHITECTURES
+from carrara.build import ARCHITECTURES, read_language_model
 from carrara.conditioner.base import Conditioner
 from carrara.config import Config, build
 from carrara.errors import UserError
@@ -23,7 +23,7 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
     node = config["model"]
     parameters = inspect.signature(hydra.utils.get_object(node["_target_"])).parameters.values()
     with torch.device("meta"):
-        modules: dict[str, nn.Module] = {name: build(config[name]) for name in ARCHITECTURES if _is_used(config, name)}
+        modules = {name: _build(config, name) for name in ARCHITECTURES if _is_used(config, name)}
         for name in (config.get("part") or {}).keys() & modules.keys():
             modules[name].requires_grad_(False)
         # what is neither a setting nor an architecture (an objective, say) has no parameters to count
@@ -75,6 +75,14 @@ def optimizer_bytes(model: nn.Module) -> int:
     optimizer.step()
     states = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.numel() * value.element_size() for value in states if isinstance(value, torch.Tensor))
+
+
+def _build(config: Config, name: str) -> nn.Module:
+    if name == "conditioner" and read_language_model(config) is not None:
+        return Conditioner(config[name]["width"])  # has no weights but the part's, which may not be trained yet
+    module = build(config[name])
+    assert isinstance(module, nn.Module)
+    return module
 
 
 def _is_used(config: Config, name: str) -> bool:

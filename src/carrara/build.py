@@ -22,7 +22,10 @@ from carrara.model.base import Model
 from carrara.pipeline.text_to_image import Sampling, TextToImage
 from carrara.run_folder import component_folder, is_finished, load_config
 
-ARCHITECTURES = ("network", "conditioner", "autoencoder", "evaluator", "classifier")  # in the order a plan shows them
+ARCHITECTURES = (
+    "network", "conditioner", "language_model", "autoencoder", "evaluator", "classifier"
+)  # fmt: skip
+"""In the order in which a plan shows them."""
 
 
 def build_objective(config: Config) -> Objective:
@@ -60,10 +63,12 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
     modules: dict[str, nn.Module] = {}
     for name in ARCHITECTURES:
         reference = (config.get("part") or {}).get(name)
+        if name == "language_model" and reference is not None:
+            continue  # the conditioner has read it
         if reference is not None:
             modules[name] = load_component(Path(reference), name)[0].requires_grad_(False)
         elif isinstance(config.get(name), Mapping):
-            modules[name] = build(config[name])
+            modules[name] = build(_node(config, name))
     node = config["model"]
     available: dict[str, Any] = dict(modules)
     if "diffusion" in config:
@@ -100,8 +105,28 @@ def exported_config(config: Config, kind: str) -> Config:
     return {
         "_target_": "carrara.model.diffusion.NoisePredictor",
         "network": config["network"],
-        "conditioner": config["conditioner"],
+        "conditioner": _node(config, "conditioner"),
     }
+
+
+def read_language_model(config: Config) -> str | None:
+    """Where the language model is that the run's conditioner reads (`part.language_model`); None if it reads none.
+
+    Raises:
+        UserError: it reads one, and none is named.
+    """
+    part = config.get("part") or {}
+    if "language_model" not in part:
+        return None
+    if part["language_model"] is None:
+        raise UserError("part.language_model=null, but the conditioner reads it: auto, or a component or finished run")
+    return str(part["language_model"])
+
+
+def _node(config: Config, name: str) -> Config:
+    """What an architecture is built from: its node, and of a conditioner the language model that it reads."""
+    folder = read_language_model(config) if name == "conditioner" else None
+    return dict(config[name]) if folder is None else {**config[name], "model": folder}
 
 
 def load_trained(

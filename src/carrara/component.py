@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,13 +43,19 @@ class Component:
 
 
 def save_component(
-    folder: Path, kind: str, config: Mapping[str, Any], module: nn.Module, card: Mapping[str, Any]
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    module: nn.Module,
+    card: Mapping[str, Any],
+    write_more: Callable[[Path], None] | None = None,
 ) -> Component:
     """Writes a component, whole or not at all; one that was there is replaced.
 
     Args:
         config: the node with `_target_` that `module` was built from.
         card: at least `fingerprint`, `data` and `scores`; `kind` and `sha256` are added.
+        write_more: writes further files into the folder it is given.
     """
     import safetensors.torch
 
@@ -66,8 +72,10 @@ def save_component(
         save_yaml(temporary / CONFIG, config)
         whole = {"kind": kind, **card, "sha256": _sha256(temporary / WEIGHTS)}
         (temporary / CARD).write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if write_more is not None:
+            write_more(temporary)
         temporary.chmod(0o755)  # mkdtemp keeps others out
-        for path in (*temporary.iterdir(), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             _fsync(path)
         _replace(temporary, folder)
         _fsync(folder.parent)

@@ -15,7 +15,7 @@ from carrara.errors import UserError
 
 PACKAGES = (
     "autoencoder", "callback", "classifier", "conditioner", "data", "diffusion",
-    "evaluator", "metric", "model", "network", "pipeline",
+    "evaluator", "language_model", "metric", "model", "network", "pipeline",
 )  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu")  # not mps: it has no float64, which the metrics need

@@ -19,7 +19,10 @@ _CARRIED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "accelerat
 _NOT_THE_PART = (
     "runs_dir", "resume", "dry_run", "sweep", "logger", "callback", "size", "part", "data"
 )  # fmt: skip
-_INTERFACE = {"autoencoder": ("latent_channels", "downsampling")}  # what the network is built to fit
+_INTERFACE = {  # what the network is built to fit
+    "autoencoder": ("latent_channels", "downsampling"),
+    "language_model": ("width", "max_length"),
+}
 
 _log = logging.getLogger(__name__)
 

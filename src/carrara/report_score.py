@@ -80,6 +80,15 @@ SCORES: dict[str, Score] = {
         "Share of pictures that show what their caption says after the auto-encoder too, read by a parser.",
     ),
     "accuracy": _share("Accuracy", "How often the classifier names a picture's label."),
+    "perplexity": Score(
+        "Perplexity",
+        "How many equally likely tokens the language model would have to choose from, on average.",
+        better="lower",
+        logarithmic=True,
+    ),
+    "unigram_perplexity": Score(
+        "Unigram perplexity", "The same on the same tokens by counting them alone.", better="lower", logarithmic=True
+    ),
     "recall_at_1": _share("Recall at 1", "How often a picture's own caption is the first choice among all candidates."),
     "recall_at_5": _share("Recall at 5", "How often a picture's own caption is among the first five choices."),
     "r_precision": _share(

@@ -69,6 +69,13 @@ def test_latents_are_measured_with_the_averaged_weights(tmp_path):
     torch.testing.assert_close(part.latent_std, std, atol=1e-4, rtol=1e-3)
 
 
+def test_a_model_writes_more_into_its_component(tmp_path, monkeypatch):
+    model = autoencoder_model()
+    monkeypatch.setattr(model, "write_exported", lambda folder: (folder / "more").write_text("of the model"))
+    train(tmp_path, model)
+    assert (tmp_path / "component" / "more").read_text() == "of the model"
+
+
 class Stop(Callback):
     def __init__(self, hook: str, step: int) -> None:
         def stop(trainer, *_):

@@ -200,6 +200,14 @@ def test_what_a_module_names_is_not_hidden():
     assert {id(p) for p in other} == {id(net.inner.bias), id(net.out.weight), id(net.out.bias)}
 
 
+def test_a_table_that_two_layers_share_is_the_embeddings_and_in_one_group():
+    net = nn.ModuleDict({"head": nn.Linear(4, 9, bias=False), "table": nn.Embedding(9, 4), "body": nn.Linear(4, 4)})
+    net["head"].weight = net["table"].weight
+    hidden, other = (group["params"] for group in parameter_groups(net))
+    assert [id(p) for p in hidden] == [id(net["body"].weight)]
+    assert sorted(map(id, other)) == sorted(map(id, (net["table"].weight, net["body"].bias)))
+
+
 def test_what_is_frozen_is_in_no_group():
     model = evaluator_model()
     model.evaluator.text_tower.requires_grad_(False)

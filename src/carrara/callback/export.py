@@ -67,4 +67,11 @@ class Export(Callback):
             card = self.card | {"scores": self.evaluation.latest, "steps": self.ema.step}
             scores = json.dumps(self.score_card(self.evaluation.latest), indent=1)
             (self.folder / "scores.json").write_text(scores)
-            save_component(self.folder / "component", pl_module.kind, self.config, pl_module.exported, card)
+            save_component(
+                self.folder / "component",
+                pl_module.kind,
+                self.config,
+                pl_module.exported,
+                card,
+                pl_module.write_exported,
+            )

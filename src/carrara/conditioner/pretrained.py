@@ -6,7 +6,6 @@
 import hashlib
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from carrara.conditioner.base import Conditioner
 from carrara.errors import UserError
 from carrara.network.by_reference import ByReference
 from carrara.network.conditioning import Conditioning
+from carrara.network.hugging_face import EXPORTED, quieten
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")  # one of them is enough
@@ -58,7 +58,8 @@ class Pretrained(Conditioner):
     it; of a model in several files, over their SHA-256s. The same weights written anew may be refused.
 
     Args:
-        model: a name on the Hugging Face hub, or a folder in the layout of `transformers`.
+        model: a name on the Hugging Face hub, a folder in the layout of `transformers`, or that of a run or component
+            of `model=language_model`, which has one in it.
         width: see `Conditioner`; the encoder's.
         max_length: most tokens of a caption, start and end included; the end is kept.
 
@@ -71,7 +72,7 @@ class Pretrained(Conditioner):
         super().__init__(width)
         self.max_length = max_length
         on_meta = torch.get_default_device().type == "meta"  # shapes only: no weights are read
-        _quieten()
+        quieten()
         folder = _local(model, [_CONFIG] if on_meta else list(_NEEDED))
         self._family, config = _read_config(model, folder)
         _check_settings(model, config, width, max_length)
@@ -163,9 +164,10 @@ _FAMILIES = {
 
 
 def _local(model: str, patterns: list[str]) -> Path:
-    """The model's folder: itself, or its copy in the hub's cache, with what is missing there downloaded."""
+    """The model's folder: itself, one in it, or its copy in the hub's cache, with what is missing there downloaded."""
     if Path(model).is_dir():
-        return Path(model)
+        inner = (Path(model) / name for name in (EXPORTED, f"component/{EXPORTED}"))
+        return next((folder for folder in inner if folder.is_dir()), Path(model))
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -284,16 +286,3 @@ def _reading(model: str, what: str) -> Iterator[None]:
 
 def _mistake(model: str, problem: str) -> UserError:
     return UserError(f"conditioner.model={model}: {problem}")
-
-
-def _quieten() -> None:
-    """Advice and progress bars are for those who call these libraries by hand."""
-    import huggingface_hub.utils
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.disable_progress_bars()
-    for name in ("transformers", "huggingface_hub"):
-        warnings.filterwarnings("ignore", module=name)

@@ -1,6 +1,7 @@
 """What the LightningModules share: optimizer, learning rate, keyed randomness, what is saved and exported."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -64,6 +65,9 @@ class Model(lightning.LightningModule):
 
     def finish(self, batches: Iterable[Tensor]) -> None:
         """Measure on training images (B, 3, R, R) in [−1, 1] what the exported part carries besides its weights."""
+
+    def write_exported(self, folder: Path) -> None:
+        """Write into the component's folder what it holds besides the weights of the exported part."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         return self.loss(batch)

@@ -133,6 +133,7 @@ def parameter_groups(module: nn.Module) -> list[dict]:
 
     Hidden are the `weight`s of two or more dimensions of linear and convolution layers, except those that map from
     or to something that is not a feature: a module names them in `not_hidden`, a tuple of its attributes' names.
+    A table that is an embedding's and an output layer's is the embedding's.
     """
     outer = {
         id(parameter)
@@ -140,11 +141,14 @@ def parameter_groups(module: nn.Module) -> list[dict]:
         for name in getattr(m, "not_hidden", ())
         for parameter in getattr(m, name).parameters()
     }
+    outer |= {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     hidden: list[nn.Parameter] = []
     other: list[nn.Parameter] = []
+    seen: set[int] = set()
     for m in module.modules():
         for p in m.parameters(recurse=False):
-            if p.requires_grad:
+            if p.requires_grad and id(p) not in seen:
+                seen.add(id(p))
                 matrix = isinstance(m, nn.Linear | nn.Conv2d) and p.ndim >= 2 and id(p) not in outer
                 (hidden if matrix else other).append(p)
     return [{"params": hidden, "muon": True}, {"params": other, "muon": False, "weight_decay": 0.0}]

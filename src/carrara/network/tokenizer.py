@@ -1,6 +1,6 @@
 """Captions to token ids: a byte-pair encoding trained on the captions of the shards."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers import Tokenizer as BackendTokenizer
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from carrara.network.vocabulary import Vocabulary
 
-SPECIAL_TOKENS = ["<pad>", "<start>", "<end>"]
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+PAD, START, END = SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")  # their ids are 0, 1 and 2
+_NUM_BYTES = 256
 
 
 class Tokenizer(Vocabulary):
@@ -19,12 +19,15 @@ class Tokenizer(Vocabulary):
     Args:
         vocab_size: the most token ids it may use; bytes and special tokens alone are 259.
         max_length: tokens a caption is cut to; the end token is kept.
+        more_special: further special tokens, whose ids follow those of padding, start and end.
     """
 
-    def __init__(self, vocab_size: int, max_length: int):
+    def __init__(self, vocab_size: int, max_length: int, more_special: Sequence[str] = ()):
         super().__init__()
-        if vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"vocab_size={vocab_size}, but the bytes and special tokens are {SMALLEST_VOCABULARY}")
+        self._special = [*SPECIAL_TOKENS, *more_special]
+        smallest = _NUM_BYTES + self.num_special
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size={vocab_size}, but the bytes and special tokens are {smallest}")
         self.vocab_size = vocab_size
         self.max_length = max_length
         self._backend: BackendTokenizer | None = None
@@ -33,6 +36,18 @@ class Tokenizer(Vocabulary):
     def trained(self) -> bool:
         return self._backend is not None
 
+    @property
+    def num_special(self) -> int:
+        """Ids below this one are special tokens."""
+        return len(self._special)
+
+    @property
+    def backend(self) -> BackendTokenizer:
+        """The trained tokenizer itself, of the library `tokenizers`."""
+        if self._backend is None:
+            raise RuntimeError("the tokenizer has not been trained: call train_on(captions) or load a state dict")
+        return self._backend
+
     def train_on(self, captions: Iterable[str]) -> None:
         backend = BackendTokenizer(models.BPE())
         backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -40,7 +55,7 @@ class Tokenizer(Vocabulary):
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
-            special_tokens=SPECIAL_TOKENS,
+            special_tokens=self._special,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -49,25 +64,21 @@ class Tokenizer(Vocabulary):
 
     def forward(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """ids (B, L) int64 and mask (B, L) bool, padded to the longest caption of the batch."""
-        if self._backend is None:
-            raise RuntimeError("the tokenizer has not been trained: call train_on(captions) or load a state dict")
-        encodings = self._backend.encode_batch(captions)
+        encodings = self.backend.encode_batch(captions)
         ids = torch.tensor([e.ids for e in encodings], dtype=torch.int64)
         mask = torch.tensor([e.attention_mask for e in encodings], dtype=torch.bool)
         return ids, mask
 
     def _set(self, backend: BackendTokenizer) -> None:
-        start, end = backend.token_to_id("<start>"), backend.token_to_id("<end>")
         backend.post_processor = processors.TemplateProcessing(
-            single="<start> $A <end>", special_tokens=[("<start>", start), ("<end>", end)]
+            single=f"{START} $A {END}", special_tokens=[(token, backend.token_to_id(token)) for token in (START, END)]
         )
         backend.enable_truncation(self.max_length)
-        backend.enable_padding(pad_id=backend.token_to_id("<pad>"), pad_token="<pad>")
+        backend.enable_padding(pad_id=backend.token_to_id(PAD), pad_token=PAD)
         self._backend = backend
 
     def to_text(self) -> str:
-        assert self._backend is not None
-        return self._backend.to_str()
+        return self.backend.to_str()
 
     def from_text(self, text: str) -> None:
         self._set(BackendTokenizer.from_str(text))

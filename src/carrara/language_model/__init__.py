@@ -1,0 +1,1 @@
+"""A small language model of the captions, which a conditioner can read."""
