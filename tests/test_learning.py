@@ -106,7 +106,10 @@ def test_it_is_far_better_than_any_multiple_of_the_noisy_picture(trained):
 @pytest.fixture(scope="module")
 def pixels() -> tuple[Tensor, Tensor]:
     """Training and test pictures (N, 192) in [−1, 1], float64."""
-    found = (shapes.examples(0, split, range(n), resolution=8) for split, n in (("train", 4000), ("seen", TEST)))
+    found = (
+        shapes.examples(0, "train", range(4000), resolution=8),
+        shapes.examples(0, "seen", range(TEST), resolution=8),
+    )
     train, test = (torch.from_numpy(examples.images).double().flatten(1) / 127.5 - 1 for examples in found)
     return train, test
 
