@@ -1,0 +1,54 @@
+"""Does the size of the text encoder matter more than that of the U-Net? (Imagen, Saharia et al. 2022, figure 4.)
+
+`python -m experiments.text_encoder_size` prints the table of experiments/README.md and draws
+experiments/text_encoder_size.png: Fréchet distance against CLIP score over guidance scales.
+"""
+
+from pathlib import Path
+
+from experiments.tools import scores, table, trained
+
+UNETS = {"U-Net 64": 64, "U-Net 96": 96}  # channels
+ENCODERS = {  # depth, width, heads of a frozen masked language model
+    "1 × 32": (1, 32, 2),
+    "2 × 64": (2, 64, 4),
+    "4 × 128": (4, 128, 4),
+}
+BAG = "bag of words"  # a trained vector a word, and no position: order-blind
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+NUM_IMAGES = 512
+
+
+def encoder(name: str) -> list[str]:
+    if name == BAG:
+        return ["conditioner=text", "conditioner.depth=0"]
+    depth, width, heads = ENCODERS[name]
+    sizes = {"depth": depth, "width": width, "heads": heads}
+    return ["conditioner=language_model", *(f"size.language_model.{key}={value}" for key, value in sizes.items())]
+
+
+def main() -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 5), constrained_layout=True)
+    rows = []
+    for (unet, channels), style in zip(UNETS.items(), ("--", "-"), strict=True):
+        for k, name in enumerate([BAG, *ENCODERS]):
+            overrides = ["experiment=text_encoder_size", f"network.channels=[{channels}]", *encoder(name)]
+            run = trained("text_encoder_size", f"{unet} {name}".replace(" ", ""), overrides)
+            found = [scores(run, NUM_IMAGES, {"guidance_scale": scale}) for scale in SCALES]
+            best = max(found, key=lambda one: one["val/prompt_accuracy/all"])
+            columns = ("prompt_accuracy/all", "prompt_accuracy/relation", "fd_evaluator", "clip_score")
+            rows.append([unet, name, *(f"{best[f'val/{column}']:.3f}" for column in columns)])
+            axis.plot(
+                [one["val/clip_score"] for one in found], [one["val/fd_evaluator"] for one in found],
+                style, marker="o", color=f"C{k}", label=f"{unet}, {name}",
+            )  # fmt: skip
+    axis.set(xlabel="CLIP score (evaluator)", ylabel="Fréchet distance (evaluator)", yscale="log")
+    axis.legend(fontsize=8)
+    figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
+    print(table(["U-Net", "text encoder", "all", "relation", "fd_evaluator", "clip_score"], rows))
+
+
+if __name__ == "__main__":
+    main()

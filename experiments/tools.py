@@ -1,0 +1,88 @@
+"""What the experiments share: a run is trained once, a score computed once; both are taken up again where they stopped.
+
+Run them from the repository's folder: `python -m experiments.objectives`.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+RUNS = Path("runs")
+
+
+def trained(experiment: str, label: str, overrides: Sequence[str]) -> Path:
+    """The folder of the run that `train.py` with these overrides makes; it is trained only if it is not there.
+
+    Runs lie in runs/<experiment>/<label>; the parts that they need are those of all other runs.
+    """
+    place = RUNS / experiment / label
+    place.mkdir(parents=True, exist_ok=True)
+    (RUNS / "components").mkdir(exist_ok=True)
+    if not (place / "components").is_symlink():
+        (place / "components").symlink_to(os.path.relpath(RUNS / "components", place))
+    finished = sorted(place.glob("*/*/scores.json"))
+    if not finished:
+        print(f"== {experiment}/{label}", flush=True)
+        command = [sys.executable, str(ROOT / "train.py"), *overrides, f"runs_dir={place}", "resume=auto"]
+        subprocess.run(command, check=True)
+        finished = sorted(place.glob("*/*/scores.json"))
+    return finished[-1].parent
+
+
+def scores(run: Path, num_images: int, order: Mapping[str, Any]) -> dict[str, float]:
+    """Scores of a run sampled in another way: the keys of `evaluate.py`, such as sampler, num_steps, guidance_scale."""
+    from carrara.build import build_scores, load_trained
+    from carrara.callback.score import Setting
+    from carrara.config import build
+    from carrara.precision import default_device
+    from carrara.sampling import set_sampling
+
+    name = hashlib.sha256(json.dumps([num_images, dict(order)], sort_keys=True).encode()).hexdigest()[:12]
+    path = run / "experiment" / f"{name}.json"
+    if path.is_file():
+        return json.loads(path.read_text())["scores"]
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("sampler", "spacing", "thresholding", "num_steps", "guidance_scale", "guidance_rescale", "guidance_interval")
+    )
+    config, model, modules = load_trained(run)
+    set_sampling(config, ROOT / "conf", nothing | dict(order))
+    config["callback"]["score"]["num_images"] = num_images
+    data = build(config["data"])
+    device = default_device()
+    model.to(device)
+    bf16 = config["trainer"]["precision"] != "32-true"
+    setting = Setting(
+        data.validation, 0, 1, device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16), None, 0
+    )
+    with torch.no_grad():
+        found = build_scores(config, data, modules)[1](model, setting)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"order": dict(order), "num_images": num_images, "scores": found}, indent=1))
+    return found
+
+
+def last_scores(run: Path) -> dict[str, float]:
+    """A run's own last scores."""
+    return json.loads((run / "scores.json").read_text())["scores"]
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """`mean ± standard deviation` of the seeds."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as README has it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
