@@ -10,7 +10,7 @@ from carrara.callback.checkpoint import VerifiedCheckpointIO
 from carrara.config import compose
 from carrara.errors import UserError
 from carrara.run_folder import save_config
-from carrara.sampling import load_weak, set_sampling
+from carrara.sampling import check_steps, load_weak, set_sampling
 from tests.tiny import diffusion_model, kl
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -53,6 +53,8 @@ def test_every_key_changes_what_it_names(config):
 def test_unknown_options_and_runs_that_sample_nothing(config):
     with pytest.raises(UserError, match="sampler=huen is not known; did you mean heun"):
         set_sampling(config, CONF, NOTHING | {"sampler": "huen"})
+    with pytest.raises(UserError, match="is not known"):
+        set_sampling(config, CONF, NOTHING | {"sampler": "../schedule/flow"})
     with pytest.raises(UserError, match="spacing=x is not known; there are karras"):
         set_sampling(config, CONF, NOTHING | {"spacing": "x"})
     autoencoder = {"name": "autoencoder"}
@@ -66,6 +68,10 @@ def test_unknown_options_and_runs_that_sample_nothing(config):
     [
         ({"num_steps": 1001}, "num_steps is 1001, but the schedule's table has 1000"),
         ({"num_steps": 0}, "num_steps is 0"),
+        ({"num_steps": 2.5}, "num_steps is 2.5"),
+        ({"num_steps": "ten"}, "num_steps is ten"),
+        ({"guidance_scale": "abc"}, "guidance.scale"),
+        ({"guidance_interval": 0.5}, "guidance.interval"),
         ({"guidance_rescale": 2}, "guidance.rescale"),
         ({"guidance_interval": [1, 0]}, "guidance.interval"),
     ],
@@ -88,6 +94,23 @@ def test_singular_spacings_and_bounds_on_latents_are_refused(config):
 
 
 # --- autoguidance ---
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"), [(0, "num_steps is 0"), (1001, "table has 1000"), (2.5, "num_steps is 2.5")]
+)
+def test_impossible_likelihood_steps(config, steps, message):
+    check_steps(config, 1000)
+    with pytest.raises(UserError, match=f"likelihood_steps={steps}: .*{message}"):
+        check_steps(config, steps)
+
+
+def test_a_weak_model_where_nothing_is_guided(config, tmp_path):
+    set_sampling(config, CONF, NOTHING | {"guidance_scale": 1})
+    with pytest.raises(UserError, match="guides nothing"):
+        load_weak("weak", config, tmp_path, torch.device("cpu"))
+    with pytest.raises(UserError, match="samples nothing"):
+        load_weak("weak", {"name": "autoencoder"}, tmp_path, torch.device("cpu"))
 
 
 def test_a_weak_model_that_is_not_there_or_damaged(config, tmp_path):

@@ -80,6 +80,7 @@ def test_other_ways_to_sample_are_other_fingerprints(config):
     hashes = [score_card(other, "d", SCORES)["hash"] for other in others]
     assert len({first, *hashes}) == 11
     assert score_card(config, "d", SCORES, weak="w")["hash"] not in {first, *hashes}
+    assert score_card(config, "d", SCORES, likelihood_steps=20)["hash"] not in {first, *hashes}
     trained_otherwise = changed(config, "diffusion", "schedule", "_target_", value="carrara.diffusion.schedule.Cosine")
     assert score_card(trained_otherwise, "d", SCORES)["hash"] == first  # that is the model's, not the score's
     assert score_card(config, "d", SCORES | {"val/num_images": 5000.0})["hash"] != first

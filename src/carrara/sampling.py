@@ -10,7 +10,8 @@ import torch
 from carrara.build import load_trained
 from carrara.callback.checkpoint import digest, is_valid, newest_valid
 from carrara.component import read_component
-from carrara.config import Config, load_yaml
+from carrara.config import Config, build, load_yaml
+from carrara.diffusion.spacing import Uniform
 from carrara.errors import UserError
 from carrara.model.diffusion import DiffusionModel
 from carrara.pipeline.text_to_image import TextToImage
@@ -37,6 +38,10 @@ def load_weak(reference: str, config: Config, runs_dir: Path, device: torch.devi
     Raises:
         UserError: there is none, or it denoises something else: other latents, schedule or target.
     """
+    if "diffusion" not in config:
+        raise UserError(f"{config['name']} samples nothing: leave weak out")
+    if config["diffusion"]["guidance"]["scale"] == 1:
+        raise UserError(f"weak={reference} guides nothing where guidance_scale is 1")
     checkpoint = Path(reference) if reference.endswith(".ckpt") else None
     if checkpoint is not None and not is_valid(checkpoint):
         raise UserError(f"weak={reference} is no intact checkpoint, or its .sha256 is missing")
@@ -87,11 +92,22 @@ def set_sampling(config: Config, conf_dir: Path, order: Mapping[str, Any]) -> No
         node[last] = value
 
 
+def check_steps(config: Config, likelihood_steps: Any) -> None:
+    """The schedule has so many steps.
+
+    Raises:
+        UserError: it has not, or it is no number of steps.
+    """
+    try:
+        Uniform()(build(config["diffusion"]["schedule"]), likelihood_steps)
+    except ValueError as error:
+        raise UserError(f"likelihood_steps={likelihood_steps}: {error}") from None
+
+
 def _option(group: Path, name: str) -> Config:
-    path = group / f"{name}.yaml"
-    if not path.is_file():
-        there = sorted(p.stem for p in group.glob("*.yaml"))
+    there = sorted(p.stem for p in group.glob("*.yaml"))
+    if name not in there:
         close = difflib.get_close_matches(name, there, 1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
         raise UserError(f"{group.name}={name} is not known; {hint}")
-    return load_yaml(path)
+    return load_yaml(group / f"{name}.yaml")

@@ -12,7 +12,9 @@ from carrara.metric.fingerprint import ScoreFingerprint, few_images_warning, sco
 SAMPLING = ("sampler", "spacing", "guidance", "thresholding", "num_steps")  # what shapes pictures besides the model
 
 
-def score_card(config: Config, data: str, scores: dict[str, float], weak: str | None = None) -> dict[str, Any]:
+def score_card(
+    config: Config, data: str, scores: dict[str, float], weak: str | None = None, likelihood_steps: int | None = None
+) -> dict[str, Any]:
     """The card of a run's scores.
 
     Args:
@@ -20,9 +22,12 @@ def score_card(config: Config, data: str, scores: dict[str, float], weak: str | 
         data: fingerprint of the validation set.
         scores: by name, `val/…` and `val_seen/…`.
         weak: the hash of the model that guided, with autoguidance.
+        likelihood_steps: of the bits per dimension, if they were computed.
     """
     score, diffusion = config["callback"]["score"], config.get("diffusion")
-    sampling = None if diffusion is None else {key: diffusion[key] for key in SAMPLING} | {"weak": weak}
+    sampling = None
+    if diffusion is not None:
+        sampling = {key: diffusion[key] for key in SAMPLING} | {"weak": weak, "likelihood_steps": likelihood_steps}
     counts = {name: int(value) for name, value in scores.items() if name.endswith(("/num_images", "/num_captions"))}
     number = max(counts.values(), default=0)
     fields = ScoreFingerprint(

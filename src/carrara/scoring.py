@@ -24,7 +24,7 @@ from carrara.evaluator.clip import CLIP
 from carrara.metric.extractor import InceptionExtractor
 from carrara.precision import choose_precision, local_device
 from carrara.rank import rank_main
-from carrara.sampling import load_weak, set_sampling
+from carrara.sampling import check_steps, load_weak, set_sampling
 from carrara.score_card import extractor_hashes, folder_card, score_card
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -70,12 +70,13 @@ def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str,
         weak, weak_hash = load_weak(str(order["weak"]), config, Path(order["runs_dir"]), where.device)
     scores: dict[str, float] = {}
     scorers = build_scores(config, data, modules, weak)
-    if order["likelihood_steps"] is not None:
-        count, chunk = score["num_images"], score["batch_size"]
-        scorers.append(Likelihood(order["likelihood_steps"], order["seed"], count, chunk))
+    steps = order["likelihood_steps"]
+    if steps is not None:
+        check_steps(config, steps)
+        scorers.append(Likelihood(steps, order["seed"], score["num_images"], score["batch_size"]))
     for one in scorers:
         scores |= one(model, where)
-    return score_card(config, data.validation.fingerprint, scores, weak_hash)
+    return score_card(config, data.validation.fingerprint, scores, weak_hash, steps)
 
 
 def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:

@@ -106,6 +106,14 @@ def test_autoguidance_leads_away_from_the_weaker_model():
 def test_impossible_values_are_refused():
     with pytest.raises(ValueError, match="rescale"):
         Guidance(2, rescale=1.5)
-    for interval in ((0.5, 0.2), (-0.1, 1), (0, 2), (0.5,)):
+    for interval in ((0.5, 0.2), (-0.1, 1), (0, 2), (0.5,), 0.5, ("a", "b")):
         with pytest.raises(ValueError, match="interval"):
-            Guidance(2, interval=interval)
+            Guidance(2, interval=interval)  # type: ignore[arg-type]
+    for scale in (float("nan"), "abc", None):
+        with pytest.raises(ValueError, match="scale"):
+            Guidance(scale)  # type: ignore[arg-type]
+
+
+def test_a_network_that_answers_zero_can_be_rescaled():
+    output = run(Guidance(4, 0.7), lambda x, c_noise, label: x * 0)
+    assert torch.equal(output, torch.zeros_like(X))

@@ -5,8 +5,9 @@ import torch
 
 from carrara.diffusion import parameterization, schedule, schedule_table
 from carrara.diffusion.objective import Objective
-from carrara.diffusion.time_sampling import LogitNormal, Uniform
-from carrara.diffusion.weighting import MinSNR, Unweighted
+from carrara.diffusion.time_sampling import LogitNormal, LogNormal, Mode, Uniform
+from carrara.diffusion.weighting import EDM as EDMWeighting
+from carrara.diffusion.weighting import P2, MinSNR, Noise, Sigmoid, Unweighted
 from tests.diffusion.oracle import SCHEDULES, TARGETS, is_singular
 
 
@@ -95,6 +96,18 @@ def test_the_network_receives_a_scaled_x_and_c_noise(name: str, dtype: torch.dty
         torch.testing.assert_close(seen[0], c_in * x_t)
         torch.testing.assert_close(seen[1], one.c_noise(t).to(dtype).expand(3))
         assert seen[0].dtype == seen[1].dtype == dtype and torch.equal(output, 2 * seen[0])
+
+
+@pytest.mark.parametrize("weighting", [Unweighted(), MinSNR(), Noise(), EDMWeighting(), Sigmoid(), P2()])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_combination_has_a_finite_loss_at_every_time(name: str, weighting):
+    u = torch.cat([torch.tensor([1e-7, 1e-5, 1 - 1e-6]), torch.linspace(0.001, 0.999, 61)])
+    x0, eps = 0.5 * torch.randn(64, 8), torch.randn(64, 8)
+    for target in TARGETS:
+        for times in (Uniform(), LogNormal(), Mode(), LogitNormal()):
+            if not is_singular(SCHEDULES[name], target):
+                loss = Objective(SCHEDULES[name], target, times, weighting).loss(zero, x0, eps, u)
+                assert loss.isfinite().all(), (target.name, times)
 
 
 def test_nothing_is_drawn_inside():

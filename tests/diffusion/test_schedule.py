@@ -164,6 +164,20 @@ def test_sigmoid_is_the_papers_curve():
     assert sharper[0] == 1 and sharper[-1] == 0 and (sharper.diff() < 0).all()
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "tau"), [(-3, 1, 0.9), (-3, 2, 0.3), (-3, 2, 0.7), (-3, 3, 0.1), (0, 3, 0.3), (-3, 3, 0.001)]
+)
+def test_sigmoid_is_exact_at_its_ends_and_back_for_any_setting(start: float, end: float, tau: float):
+    schedule = Sigmoid(start, end, tau)
+    assert schedule.alpha(GRID[-1]) == 0 and schedule.sigma(GRID[0]) == 0
+    assert (schedule.logsnr(GRID).diff() < 0).all()
+    inner = torch.tensor([1e-5, 1e-3, 0.3, 0.6, 0.9, 0.999], dtype=torch.float64)
+    back = schedule.t_from_logsnr(schedule.logsnr(inner))
+    if tau >= 0.1:  # below, alpha is so nearly 1 or 0 that its logarithm holds no more of the time
+        torch.testing.assert_close(back, inner, rtol=1e-6, atol=0)
+    assert back.isfinite().all()
+
+
 def test_a_shift_keeps_the_path_and_moves_the_times():
     """SNR falls by shift^2 at every time, as more pixels of the same picture make it appear."""
     plain, shifted = Flow(), Flow(3.0)
@@ -202,6 +216,7 @@ def test_the_variance_exploding_kernel_is_that_of_its_sde():
         lambda: VarianceExploding(2, 1),
         lambda: Sigmoid(3, -3),
         lambda: Sigmoid(tau=0),
+        lambda: Cosine(s=-0.1),
         lambda: ZeroTerminalSNR(Discrete([0.1])),
         lambda: ZeroTerminalSNR(Flow()),  # type: ignore[arg-type]
     ],

@@ -56,8 +56,9 @@ def test_logsnr_is_even_down_to_t_min(schedule: NoiseSchedule):
 
 @every_spacing
 def test_impossible_steps_are_refused(spacing: Spacing):
-    with pytest.raises(ValueError, match="num_steps is 0"):
-        spacing(Cosine(), 0)
+    for impossible in (0, -1, 2.5, True, "ten"):
+        with pytest.raises(ValueError, match=f"num_steps is {impossible}"):
+            spacing(Cosine(), impossible)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1001, but the schedule's table has 1000"):
         Uniform()(Linear(), 1001)
     with pytest.raises(ValueError, match="rho"):

@@ -1,5 +1,6 @@
 """Guidance: how a prediction and a worse one make a better one."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self, TypeVar
 
@@ -35,10 +36,15 @@ class Guidance:
     """
 
     def __init__(self, scale: float, rescale: float = 0.0, interval: Sequence[float] = (0.0, 1.0)) -> None:
-        if not 0 <= rescale <= 1:
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"guidance.scale must be a number, but is {scale}")
+        if not isinstance(rescale, int | float) or not 0 <= rescale <= 1:
             raise ValueError(f"guidance.rescale must lie in [0, 1], but is {rescale}")
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ValueError(f"guidance.interval must be two times that rise in [0, 1], but is {list(interval)}")
+        two = (
+            isinstance(interval, Sequence) and len(interval) == 2 and all(isinstance(t, int | float) for t in interval)
+        )
+        if not two or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance.interval must be two times that rise in [0, 1], but is {interval}")
         self.scale = scale
         self.rescale = rescale
         self.interval = tuple(interval)
@@ -64,7 +70,7 @@ class Guidance:
         if self.rescale == 0:
             return output
         dims = tuple(range(1, output.ndim))
-        factor = positive.std(dims, keepdim=True) / output.std(dims, keepdim=True)
+        factor = positive.std(dims, keepdim=True) / output.std(dims, keepdim=True).clamp(min=1e-12)
         return (self.rescale * factor + 1 - self.rescale) * output
 
 

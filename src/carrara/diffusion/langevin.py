@@ -17,9 +17,10 @@ def langevin_step(x: Tensor, x0_hat: Tensor, level: Level, step_size: float, noi
 class AnnealedLangevin(Sampler):
     """Langevin dynamics at each level in turn, from the noisiest (Song & Ermon 2019, Algorithm 1).
 
-    x / alpha goes on to the next level as it is (where alpha is zero x is all noise, and x / sigma does), and from the
-    last level it goes to x0_hat. So `num_steps` levels take num_steps * num_updates calls and one more. What is left
-    of a level's noise falls with their product with `step_size`, and a spread that is exact to 1 % needs about 100.
+    While x is mostly noise it goes on to the next level as it is, afterwards x / alpha does (the same where alpha is 1,
+    as in the paper), and from the last level it goes to x0_hat. So `num_steps` levels take num_steps *
+    num_updates calls and one more. What is left of the levels' noise falls with num_steps * num_updates * step_size: a
+    Gaussian is 11 % too wide where that is 100, 5 % where it is 240, 1 % where it is 2000.
 
     Args:
         num_updates: T, steps at each level.
@@ -29,9 +30,9 @@ class AnnealedLangevin(Sampler):
     draws_noise = True
 
     def __init__(self, num_updates: int = 100, step_size: float = 0.2) -> None:
-        if num_updates < 1 or step_size <= 0:
+        if num_updates < 1 or not 0 < step_size < 2:
             raise ValueError(
-                f"num_updates must be at least 1 and step_size positive, but they are {num_updates} and {step_size}"
+                f"num_updates must be at least 1 and step_size in (0, 2), but they are {num_updates} and {step_size}"
             )
         self.num_updates = num_updates
         self.step_size = step_size
@@ -44,7 +45,7 @@ class AnnealedLangevin(Sampler):
             if then.sigma == 0:
                 x = x0_hat = denoise(x, now.t)
             else:
-                x = x * (then.alpha / now.alpha if now.alpha > 0 else then.sigma / now.sigma)
+                x = x * (then.alpha / now.alpha if now.logsnr > 0 else 1.0)
             yield x, x0_hat
 
 
@@ -62,9 +63,9 @@ class PredictorCorrector(Sampler):
     draws_noise = True
 
     def __init__(self, num_corrections: int = 1, snr: float = 0.16) -> None:
-        if num_corrections < 0 or snr <= 0:
+        if num_corrections < 0 or not 0 < snr < 0.7:
             raise ValueError(
-                f"num_corrections must not be negative and snr positive, but they are {num_corrections} and {snr}"
+                f"num_corrections must not be negative and snr in (0, 0.7), but they are {num_corrections} and {snr}"
             )
         self.num_corrections = num_corrections
         self.step_size = 4 * snr**2  # the paper's Langevin step is twice as long as `langevin_step`'s

@@ -34,7 +34,8 @@ class Objective:
         weighting: LossWeighting,
     ) -> None:
         end = torch.ones((), dtype=torch.float64)
-        if parameterization.determinant(schedule.alpha(end), schedule.sigma(end)) == 0:
+        determinant = parameterization.determinant(schedule.alpha(end), schedule.sigma(end))
+        if determinant == 0 or not determinant.isfinite():
             raise ValueError(
                 f"the {parameterization.name} parameterization is singular with the {type(schedule).__name__}"
                 " schedule, whose SNR at t = 1 is zero: there the target says nothing about x0;"

@@ -28,6 +28,7 @@ class NoiseSchedule(ABC):
     variance_preserving: bool = False  # alpha^2 + sigma^2 = 1
     terminal_snr_is_zero: bool = False  # alpha(1) = 0: x_1 holds nothing of x0
     t_min: float = 1e-3  # the last noisy time of a spacing in noise levels, which cannot go on to sigma = 0
+    t_least: float = 1e-5  # that a model is trained at: at 0 there is no noise to learn from
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -101,6 +102,8 @@ class Cosine(VariancePreserving):
     """
 
     def __init__(self, s: float = 0.008, max_rate: float = 1000 * math.log(1000)) -> None:
+        if s <= 0 or max_rate <= 0:
+            raise ValueError(f"s and max_rate must be positive, but they are {s} and {max_rate}")
         self.s = s
         self.max_rate = max_rate
         self._turn = math.pi / 2 / (1 + s)  # dh / dt; the rate is 2 tan(h) dh / dt
@@ -135,22 +138,33 @@ class Sigmoid(VariancePreserving):
     def __init__(self, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> None:
         if not (start < end and tau > 0):
             raise ValueError(f"start must be below end and tau positive, but they are {start}, {end} and {tau}")
-        self._start = start / tau
-        self._end = end / tau
+        # Differences of sigmoids are products of hyperbolic functions; in logarithms nothing cancels or overflows.
+        self._half_span = (end - start) / tau / 2
+        self._ratio = _log_cosh(start / tau / 2) - _log_cosh(end / tau / 2)
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        return self._logsnr(t.double()).to(t.dtype)
 
     def log_alpha_bar(self, t: Tensor) -> Tensor:
-        # Differences of sigmoids as products of hyperbolic functions, exact at both ends where a difference cancels.
-        x = self._start + (self._end - self._start) * t.double()
-        whole = math.sinh((self._end - self._start) / 2)
-        alpha_bar = torch.sinh((self._end - x) / 2) * math.cosh(self._start / 2) / (whole * torch.cosh(x / 2))
-        sigma_squared = torch.sinh((x - self._start) / 2) * math.cosh(self._end / 2) / (whole * torch.cosh(x / 2))
-        return torch.where(sigma_squared < 0.5, torch.log1p(-sigma_squared), alpha_bar.log())
+        return logsigmoid(self._logsnr(t.double()))
 
     def t_from_log_alpha_bar(self, log_alpha_bar: Tensor) -> Tensor:
-        at_start, at_end = (1 / (1 + math.exp(x)) for x in (self._start, self._end))
-        # sigmoid(x), whose distance from its value at the start is exact where there is hardly any noise
-        risen = (1 - at_start) - log_alpha_bar.expm1() * (at_start - at_end)
-        return (torch.logit(risen) - self._start) / (self._end - self._start)
+        noise_to_signal = ((-log_alpha_bar.expm1()).log() - log_alpha_bar).clamp(max=1e9) + self._ratio
+        zero = torch.zeros_like(noise_to_signal)
+        upper = torch.logaddexp(noise_to_signal + self._half_span, zero)
+        return (upper - torch.logaddexp(noise_to_signal - self._half_span, zero)) / (2 * self._half_span)
+
+    def _logsnr(self, t: Tensor) -> Tensor:
+        return _log_sinh(self._half_span * (1 - t)) - _log_sinh(self._half_span * t) + self._ratio
+
+
+def _log_sinh(x: Tensor) -> Tensor:
+    """log sinh x for x >= 0."""
+    return x + (-(-2 * x).expm1()).log() - math.log(2)
+
+
+def _log_cosh(x: float) -> float:
+    return abs(x) + math.log1p(math.exp(-2 * abs(x))) - math.log(2)
 
 
 class Flow(NoiseSchedule):
@@ -208,7 +222,7 @@ class EDM(AdditiveNoise):
             raise ValueError(f"0 < sigma_min < sigma_max and 0 < rho, but they are {sigma_min}, {sigma_max} and {rho}")
         self.sigma_max = sigma_max
         self.rho = rho
-        self.t_min = (sigma_min / sigma_max) ** (1 / rho)
+        self.t_min = self.t_least = (sigma_min / sigma_max) ** (1 / rho)
 
     def sigma(self, t: Tensor) -> Tensor:
         return (self.sigma_max * t.double() ** self.rho).to(t.dtype)
@@ -233,7 +247,7 @@ class VarianceExploding(AdditiveNoise):
             raise ValueError(f"0 < sigma_min < sigma_max, but they are {sigma_min} and {sigma_max}")
         self.log_sigma_min = math.log(sigma_min)
         self._rate = 2 * math.log(sigma_max / sigma_min)
-        self.t_min = math.log(2) / self._rate
+        self.t_min = self.t_least = math.log(2) / self._rate
 
     def sigma(self, t: Tensor) -> Tensor:
         return (math.exp(self.log_sigma_min) * (self._rate * t.double()).expm1().sqrt()).to(t.dtype)

@@ -16,8 +16,8 @@ class Spacing(ABC):
 
     def __call__(self, schedule: NoiseSchedule, num_steps: int) -> Tensor:
         """The times; ValueError where the schedule has none of the kind, or too few."""
-        if num_steps < 1:
-            raise ValueError(f"num_steps is {num_steps}, but a sampler makes at least one step")
+        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
+            raise ValueError(f"num_steps is {num_steps}, but a sampler makes a whole number of steps, one at least")
         return self.times(schedule, num_steps)
 
 

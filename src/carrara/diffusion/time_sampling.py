@@ -8,14 +8,17 @@ from torch import Tensor
 
 from carrara.diffusion.schedule import NoiseSchedule
 
-T_MIN = 1e-5  # at t = 0 there is no noise to learn from, and log SNR is infinite
-
 
 class TimeSampler(ABC):
-    """Maps u, uniform in (0, 1), to times in [T_MIN, 1], of u's shape and dtype. It draws nothing itself."""
+    """Maps u, uniform in (0, 1), to times from the schedule's `t_least` to 1, of u's shape and dtype; draws nothing."""
 
     @abstractmethod
     def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor: ...
+
+
+def _of_the_way(share: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The time at this share of the way from the least to the most noise."""
+    return (schedule.t_least + (1 - schedule.t_least) * share).clamp(schedule.t_least, 1)
 
 
 class Uniform(TimeSampler):
@@ -28,7 +31,7 @@ class Uniform(TimeSampler):
 
     def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         if self.num_steps is None:
-            return u.clamp(T_MIN, 1)
+            return _of_the_way(u, schedule)
         return ((u * self.num_steps).floor() + 1).clamp(1, self.num_steps) / self.num_steps
 
 
@@ -42,7 +45,7 @@ class LogitNormal(TimeSampler):
         self.std = std
 
     def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)).clamp(T_MIN, 1)
+        return _of_the_way(torch.sigmoid(self.mean + self.std * torch.special.ndtri(u)), schedule)
 
 
 class Mode(TimeSampler):
@@ -55,7 +58,7 @@ class Mode(TimeSampler):
 
     def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         # the paper's f(1 - u), which rises with u
-        return (u - self.scale * ((math.pi / 2 * u).sin() ** 2 - u)).clamp(T_MIN, 1)
+        return _of_the_way(u - self.scale * ((math.pi / 2 * u).sin() ** 2 - u), schedule)
 
 
 class LogNormal(TimeSampler):
@@ -68,7 +71,7 @@ class LogNormal(TimeSampler):
         self.std = std
 
     def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        return schedule.t_from_logsnr(-2 * (self.mean + self.std * torch.special.ndtri(u))).clamp(T_MIN, 1)
+        return schedule.t_from_logsnr(-2 * (self.mean + self.std * torch.special.ndtri(u))).clamp(schedule.t_least, 1)
 
 
 class SingleLevel(TimeSampler):
@@ -80,4 +83,4 @@ class SingleLevel(TimeSampler):
         self.sigma = sigma
 
     def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        return schedule.t_from_logsnr(torch.full_like(u, -2 * math.log(self.sigma))).clamp(T_MIN, 1)
+        return schedule.t_from_logsnr(torch.full_like(u, -2 * math.log(self.sigma))).clamp(schedule.t_least, 1)
