@@ -37,7 +37,8 @@ def main() -> None:
             overrides = ["experiment=text_encoder_size", f"network.channels=[{channels}]", *encoder(name)]
             run = trained("text_encoder_size", f"{unet} {name}".replace(" ", ""), overrides)
             found = [scores(run, NUM_IMAGES, {"guidance_scale": scale}) for scale in SCALES]
-            best = max(found, key=lambda one: one["val/prompt_accuracy/all"])
+            # the scale is chosen on captions of seen combinations, and judged on the held-out ones
+            best = max(found, key=lambda one: one["val_seen/prompt_accuracy/all"])
             columns = ("prompt_accuracy/all", "prompt_accuracy/relation", "fd_evaluator", "clip_score")
             rows.append([unet, name, *(f"{best[f'val/{column}']:.3f}" for column in columns)])
             axis.plot(

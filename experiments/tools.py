@@ -44,17 +44,14 @@ def scores(run: Path, num_images: int, order: Mapping[str, Any]) -> dict[str, fl
     from carrara.callback.score import Setting
     from carrara.config import build
     from carrara.precision import default_device
-    from carrara.sampling import set_sampling
+    from carrara.sampling import SAMPLING_KEYS, set_sampling
 
     name = hashlib.sha256(json.dumps([num_images, dict(order)], sort_keys=True).encode()).hexdigest()[:12]
     path = run / "experiment" / f"{name}.json"
     if path.is_file():
         return json.loads(path.read_text())["scores"]
-    nothing: dict[str, Any] = dict.fromkeys(
-        ("sampler", "spacing", "thresholding", "num_steps", "guidance_scale", "guidance_rescale", "guidance_interval")
-    )
     config, model, modules = load_trained(run)
-    set_sampling(config, ROOT / "conf", nothing | dict(order))
+    set_sampling(config, ROOT / "conf", dict.fromkeys(SAMPLING_KEYS) | dict(order))
     config["callback"]["score"]["num_images"] = num_images
     data = build(config["data"])
     device = default_device()

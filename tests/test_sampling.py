@@ -10,13 +10,11 @@ from carrara.callback.checkpoint import VerifiedCheckpointIO
 from carrara.config import compose
 from carrara.errors import UserError
 from carrara.run_folder import save_config
-from carrara.sampling import check_steps, load_weak, set_sampling
+from carrara.sampling import SAMPLING_KEYS, check_steps, load_weak, set_sampling
 from tests.tiny import diffusion_model, kl
 
 CONF = Path(__file__).parents[1] / "conf"
-NOTHING: dict[str, Any] = dict.fromkeys(
-    ("sampler", "spacing", "thresholding", "num_steps", "guidance_scale", "guidance_rescale", "guidance_interval")
-)
+NOTHING: dict[str, Any] = dict.fromkeys(SAMPLING_KEYS)
 PIXELS = diffusion_model().autoencoder
 
 

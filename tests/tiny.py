@@ -36,6 +36,7 @@ from carrara.model.diffusion import DiffusionModel
 from carrara.model.evaluator import EvaluatorModel
 from carrara.model.language_model import LanguageModelModel
 from carrara.model.optimizer import Muon, sgd
+from carrara.network.dit import DiT
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
 from carrara.pipeline.text_to_image import Sampling
@@ -113,6 +114,21 @@ def unet(**changes: Any) -> UNet:
         "learned_positions": True,
     }
     return UNet(**settings | changes)
+
+
+def dit(**changes: Any) -> DiT:
+    settings: dict[str, Any] = {
+        "in_channels": 3,
+        "patch": 2,
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "expansion": 2.667,
+        "context_width": 8,
+        "pooled_width": 8,
+        "text": "cross",
+    }
+    return DiT(**settings | changes)
 
 
 def text() -> Text:

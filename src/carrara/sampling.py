@@ -24,6 +24,7 @@ _VALUES = {
     "guidance_rescale": ("guidance", "rescale"),
     "guidance_interval": ("guidance", "interval"),
 }
+SAMPLING_KEYS = (*_OPTIONS, *_VALUES)  # of generate.py and evaluate.py
 _DENOISING = ("schedule", "parameterization")
 
 
@@ -78,7 +79,7 @@ def set_sampling(config: Config, conf_dir: Path, order: Mapping[str, Any]) -> No
     Raises:
         UserError: a run without sampling, or an option that is not there.
     """
-    given = {key: order[key] for key in (*_OPTIONS, *_VALUES) if order[key] is not None}
+    given = {key: order[key] for key in SAMPLING_KEYS if order[key] is not None}
     if given and "diffusion" not in config:
         raise UserError(f"{config['name']} samples nothing: leave {', '.join(given)} out")
     for key, value in given.items():

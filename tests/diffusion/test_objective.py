@@ -35,6 +35,15 @@ def test_epsilon_and_score_with_zero_terminal_snr_are_refused_by_both_names(name
     assert "\n" not in str(refusal.value)
 
 
+def test_a_schedule_that_ends_in_no_number_is_refused():
+    class Broken(schedule.Flow):
+        def alpha(self, t: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(t, torch.nan)
+
+    with pytest.raises(ValueError, match="Broken"):
+        Objective(Broken(), parameterization.V(), Uniform(), Unweighted())
+
+
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.name not in ("epsilon", "score")], ids=lambda t: t.name)
 def test_other_targets_train_at_zero_terminal_snr(target):
     objective = Objective(schedule.Flow(), target, Uniform(), MinSNR())

@@ -180,6 +180,19 @@ def test_annealed_langevin_recovers_a_gaussian_and_a_mixture():
     assert_is_mixture(draw_of_mixture(sampler, schedule, fine(schedule), 3_000), tolerance=0.02)
 
 
+@every_schedule
+def test_langevin_takes_x_on_as_it_is_and_x_over_alpha_once_it_is_more_picture_than_noise(schedule: NoiseSchedule):
+    """Seen without its steps: so small that nothing else moves x."""
+    x, times, seen = torch.randn(64, dtype=torch.float64), fine(schedule), []
+    sampler = AnnealedLangevin(num_updates=1, step_size=1e-300)
+    sampler(gaussian(schedule), x, schedule, times, lambda: x * 0, lambda k, t, x, x0_hat: seen.append(x))
+    levels = schedule.levels(times)
+    turn = next(k for k, level in enumerate(levels) if level.logsnr > 0)  # the first level of more picture
+    for k in range(1, len(levels) - 1):
+        scale = levels[k].alpha / levels[turn].alpha if k > turn else 1
+        torch.testing.assert_close(seen[k - 1], scale * x)
+
+
 @pytest.mark.slow
 @every_schedule
 @pytest.mark.parametrize("name", [*SAMPLERS, "annealed_langevin"])

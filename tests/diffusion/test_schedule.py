@@ -4,7 +4,16 @@ from typing import Any
 import pytest
 import torch
 
-from carrara.diffusion.schedule import EDM, AdditiveNoise, Cosine, Flow, NoiseSchedule, Sigmoid, VarianceExploding
+from carrara.diffusion.schedule import (
+    EDM,
+    AdditiveNoise,
+    Cosine,
+    Flow,
+    NoiseSchedule,
+    Sigmoid,
+    VarianceExploding,
+    VariancePreserving,
+)
 from carrara.diffusion.schedule_table import CosineTable, Discrete, Linear, ScaledLinear, ZeroTerminalSNR
 from tests.diffusion.oracle import SCHEDULES
 
@@ -51,7 +60,7 @@ def test_functions_agree_with_each_other_and_keep_shape_and_dtype(schedule: Nois
     tolerance = 1e-11 if dtype == torch.float64 else 3e-6
     torch.testing.assert_close(logsnr, 2 * (alpha / sigma).log(), rtol=tolerance, atol=tolerance)
     total = alpha**2 + sigma**2
-    assert torch.allclose(total, torch.ones_like(total), atol=tolerance) == schedule.variance_preserving
+    assert torch.allclose(total, torch.ones_like(total), atol=tolerance) == isinstance(schedule, VariancePreserving)
     assert torch.equal(alpha, torch.ones_like(alpha)) == isinstance(schedule, AdditiveNoise)
 
 

@@ -1,8 +1,12 @@
 import pytest
 import torch
 
-from carrara.diffusion.schedule import EDM, Cosine, Flow
+from carrara.diffusion.objective import Objective
+from carrara.diffusion.parameterization import V
+from carrara.diffusion.schedule import EDM, Cosine, Flow, VarianceExploding
+from carrara.diffusion.schedule_table import Linear
 from carrara.diffusion.time_sampling import LogitNormal, LogNormal, Mode, SingleLevel, TimeSampler, Uniform
+from carrara.diffusion.weighting import Unweighted
 
 EDGES = torch.tensor([0.0, 1e-45, 1e-30, 2**-24, 0.5, 1 - 2**-24, 1.0])
 EVEN = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -84,6 +88,15 @@ def test_log_normal_is_normal_in_log_sigma_on_any_schedule(schedule):
 def test_a_single_level_is_one():
     t = SingleLevel(0.5)(EVEN[:10], EDM())
     torch.testing.assert_close(EDM().sigma(t), torch.full_like(t, 0.5))
+
+
+def test_a_level_that_the_schedule_does_not_have_is_refused():
+    SingleLevel(49).check(VarianceExploding())
+    SingleLevel(0.011).check(VarianceExploding())
+    SingleLevel(1e4).check(Flow())
+    for sigma, schedule in ((100, VarianceExploding()), (0.001, EDM()), (1000, Linear())):
+        with pytest.raises(ValueError, match=rf"sigma={sigma:g} .*{type(schedule).__name__}.* between"):
+            Objective(schedule, V(), SingleLevel(sigma), Unweighted())
 
 
 def test_impossible_values_are_refused():

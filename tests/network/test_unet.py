@@ -50,48 +50,10 @@ def test_the_base_size_is_stable_diffusion_1():
     assert count(of_size("base")) == STABLE_DIFFUSION_1 + POOLED
 
 
-def test_it_begins_as_the_zero_predictor():
-    assert not unet()(*inputs(), conditioning()).any()
-
-
 def test_it_gives_the_shape_of_its_input():
     model = awake(unet(channels=[8, 8, 16], attention=[False, True, False], num_blocks=2, learned_positions=False))
     x = torch.randn(2, 3, 16, 8)  # not square, not that of training
     assert model(x, torch.tensor([1.0, 2.0]), conditioning()).shape == x.shape
-
-
-def test_everything_it_is_told_changes_its_answer():
-    model = awake(unet())
-    (x, time), text = inputs(), conditioning()
-    answer = model(x, time, text)
-    variants = [
-        (x + 0.1, time, text),
-        (x, time + 100, text),
-        (x, time, Conditioning(text.tokens + 1, text.mask, text.pooled)),
-        (x, time, Conditioning(text.tokens, text.mask, text.pooled + 1)),
-    ]
-    for variant in variants:
-        assert (model(*variant) - answer).abs().max() > 1e-4
-
-
-def test_padding_tokens_change_nothing():
-    model = awake(unet())
-    (x, time), text = inputs(), conditioning(length=3)
-    answer = model(x, time, text)
-    tokens = torch.cat([text.tokens, 100 * torch.randn(2, 4, 8)], dim=1)
-    mask = torch.cat([text.mask, torch.zeros(2, 4, dtype=torch.bool)], dim=1)
-    padded = model(x, time, Conditioning(tokens, mask, text.pooled))
-    torch.testing.assert_close(padded, answer, atol=1e-6, rtol=0)
-
-
-def test_samples_do_not_mix():
-    model = awake(unet())
-    (x, time), text = inputs(3), conditioning(3)
-    together = model(x, time, text)
-    for k in range(3):
-        rows = slice(k, k + 1)
-        alone = model(x[rows], time[rows], Conditioning(text.tokens[rows], text.mask[rows], text.pooled[rows]))
-        torch.testing.assert_close(alone, together[rows], atol=1e-5, rtol=1e-5)
 
 
 def test_learned_positions_tell_pixels_apart():

@@ -58,6 +58,13 @@ def _checked(composed: Composed, overrides: list[str]) -> Config:
         order["run"] = str(find_run(str(order["run"]), runs_dir))
         out = Path(order["run"]) / "evaluated" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     else:
+        from carrara.sampling import SAMPLING_KEYS  # here: it waits for torch
+
+        given = [key for key in (*SAMPLING_KEYS, "weak", "likelihood_steps") if order[key] is not None]
+        if given:
+            raise UserError(
+                f"{', '.join(given)}: pictures that are there are not sampled; leave it out, or give run=DIR"
+            )
         if not Path(str(order["images"])).is_dir():
             raise UserError(f"images={order['images']} is no folder")
         out = Path(order["images"]) / "scores"

@@ -138,10 +138,9 @@ def _check_modules(config: Config) -> None:
     from carrara.autoencoder.base import Autoencoder
     from carrara.build import build_objective, build_sampling
 
-    if "diffusion" in config:
-        build_objective(config)
     modules, _ = meta_modules(config)
     if "diffusion" in config:
+        build_objective(config)
         autoencoder = modules["autoencoder"]
         assert isinstance(autoencoder, Autoencoder)
         build_sampling(config, autoencoder)

@@ -23,7 +23,8 @@ class Objective:
     It draws nothing: noise and uniforms are passed in. Its arithmetic is in float32, or in float64 if x0 is,
     also under autocast, which leaves sums and products as they are and reaches only the network.
 
-    Raises ValueError, naming both parts, when the target says nothing about x0 at the schedule's last time.
+    Raises ValueError, naming both parts, when the target says nothing about x0 at the schedule's last time, or when
+    the schedule has no such times.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Objective:
                 " schedule, whose SNR at t = 1 is zero: there the target says nothing about x0;"
                 " take x0, v, flow or edm"
             )
+        time_sampling.check(schedule)
         self.schedule = schedule
         self.parameterization = parameterization
         self.time_sampling = time_sampling

@@ -25,7 +25,6 @@ class NoiseSchedule(ABC):
     device. Samplers start at t = 1 from `prior_scale * eps`.
     """
 
-    variance_preserving: bool = False  # alpha^2 + sigma^2 = 1
     terminal_snr_is_zero: bool = False  # alpha(1) = 0: x_1 holds nothing of x0
     t_min: float = 1e-3  # the last noisy time of a spacing in noise levels, which cannot go on to sigma = 0
     t_least: float = 1e-5  # that a model is trained at: at 0 there is no noise to learn from
@@ -68,8 +67,6 @@ class NoiseSchedule(ABC):
 
 class VariancePreserving(NoiseSchedule):
     """A schedule given by alpha_bar = alpha^2 = 1 - sigma^2, kept as its logarithm, exact at both ends."""
-
-    variance_preserving = True
 
     @abstractmethod
     def log_alpha_bar(self, t: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from carrara.diffusion.schedule import NoiseSchedule
 class TimeSampler(ABC):
     """Maps u, uniform in (0, 1), to times from the schedule's `t_least` to 1, of u's shape and dtype; draws nothing."""
 
+    def check(self, schedule: NoiseSchedule) -> None:  # noqa: B027
+        """ValueError where the schedule has no such times; most are on every schedule."""
+
     @abstractmethod
     def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor: ...
 
@@ -81,6 +84,15 @@ class SingleLevel(TimeSampler):
         if sigma <= 0:
             raise ValueError(f"sigma must be positive, but is {sigma}")
         self.sigma = sigma
+
+    def check(self, schedule: NoiseSchedule) -> None:
+        most, least = schedule.levels(torch.tensor([1.0, schedule.t_least], dtype=torch.float64))
+        if not most.logsnr <= -2 * math.log(self.sigma) <= least.logsnr:
+            low, high = (math.exp(-level.logsnr / 2) for level in (least, most))
+            raise ValueError(
+                f"sigma={self.sigma:g} is no noise level of the {type(schedule).__name__} schedule, whose sigma / alpha"
+                f" lies between {low:.3g} and {high:.3g}"
+            )
 
     def __call__(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         return schedule.t_from_logsnr(torch.full_like(u, -2 * math.log(self.sigma))).clamp(schedule.t_least, 1)

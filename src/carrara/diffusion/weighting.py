@@ -29,7 +29,11 @@ class Unweighted(LossWeighting):
 
 
 class SameForAllTargets(LossWeighting):
-    """A weight of the x0 loss, put in terms of the target: what counts is then the same whatever the target."""
+    """A weight of the x0 loss, put in terms of the target: what counts is then the same whatever the target.
+
+    All but EDM's fall to 0 with the SNR: with a zero terminal SNR, t = 1 itself, where a sampler starts, is then not
+    learned.
+    """
 
     @abstractmethod
     def log_x0_weight(self, logsnr: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ MASK = "<mask>"
 MASK_ID = len(SPECIAL_TOKENS)  # the next one
 MASKED, CAUSAL = "masked", "causal"
 
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # as in SPECIAL_TOKENS
+
 
 class LanguageModel(nn.Module):
     """BERT (Devlin et al. 2019) or GPT-2 (Radford et al. 2019) without dropout, whose draws would not be keyed.
@@ -95,9 +97,7 @@ def _bert(vocab_size: int, max_length: int, width: int, depth: int, heads: int) 
         intermediate_size=4 * width,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **_IDS,
     )
     return BertForMaskedLM(config)
 
@@ -116,8 +116,6 @@ def _gpt2(vocab_size: int, max_length: int, width: int, depth: int, heads: int) 
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         use_cache=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **_IDS,
     )
     return GPT2LMHeadModel(config)

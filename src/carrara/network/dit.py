@@ -79,7 +79,7 @@ class CrossBlock(nn.Module):
         return x + self.gate3(self.feed_forward(self.norm3(x, embedding)), embedding), text
 
 
-class Source(nn.Module):
+class KeyValueStream(nn.Module):
     """The weights by which the tokens of one modality are attended to in a joint block."""
 
     def __init__(self, width: int, heads: int):
@@ -99,7 +99,7 @@ class Source(nn.Module):
         return self.split(self.key_norm(self.key(h))), self.split(self.value(h))
 
 
-class Stream(Source):
+class Stream(KeyValueStream):
     """The weights of one modality that also attends, and goes on to the next block."""
 
     def __init__(self, width: int, heads: int, hidden: int):
@@ -138,7 +138,7 @@ class JointBlock(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, last: bool):
         super().__init__()
         self.image = Stream(width, heads, hidden)
-        self.text = Source(width, heads) if last else Stream(width, heads, hidden)
+        self.text = KeyValueStream(width, heads) if last else Stream(width, heads, hidden)
 
     def forward(
         self, x: Tensor, text: Tensor, embedding: Tensor, mask: Tensor, angles: Tensor
