@@ -29,13 +29,18 @@ def trained(experiment: str, label: str, overrides: Sequence[str]) -> Path:
     (RUNS / "components").mkdir(exist_ok=True)
     if not (place / "components").is_symlink():
         (place / "components").symlink_to(os.path.relpath(RUNS / "components", place))
-    finished = sorted(place.glob("*/*/scores.json"))
+    finished = _finished(place)
     if not finished:
         print(f"== {experiment}/{label}", flush=True)
         command = [sys.executable, str(ROOT / "train.py"), *overrides, f"runs_dir={place}", "resume=auto"]
         subprocess.run(command, check=True)
-        finished = sorted(place.glob("*/*/scores.json"))
-    return finished[-1].parent
+        finished = _finished(place)
+    return finished[-1]
+
+
+def _finished(place: Path) -> list[Path]:
+    """The runs there that came to their end, the newest last; the parts that all runs share are none of them."""
+    return [path.parent for path in sorted(place.glob("*/*/scores.json")) if path.parts[-3] != "components"]
 
 
 def scores(run: Path, num_images: int, order: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,46 @@
+"""What the experiments' scripts share: nothing is trained or scored twice."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from experiments import tools
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def scored(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text("{}")
+    return folder
+
+
+def test_a_run_is_trained_once_and_the_parts_that_it_needs_are_no_run(runs, monkeypatch):
+    scored(runs / "components" / "autoencoder-0")
+    commands = []
+
+    def train(command, check):
+        commands.append(command)
+        scored(Path(command[-2].removeprefix("runs_dir=")) / "latent_unet-shapes" / "today")
+
+    monkeypatch.setattr(subprocess, "run", train)
+    for _ in range(2):
+        run = tools.trained("objectives", "cosine-v", ["experiment=objectives"])
+        assert run.resolve() == runs / "objectives" / "cosine-v" / "latent_unet-shapes" / "today"
+    assert len(commands) == 1
+    assert "experiment=objectives" in commands[0]
+    assert (runs / "objectives" / "cosine-v" / "components" / "autoencoder-0").is_dir()  # it finds them there
+
+
+def test_seeds_are_told_as_mean_and_deviation():
+    assert tools.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
+    assert tools.spread([0.25], digits=2) == "0.25"
+
+
+def test_a_table_is_markdown():
+    assert tools.table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
