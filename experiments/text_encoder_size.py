@@ -16,7 +16,7 @@ ENCODERS = {  # depth, width, heads of a frozen masked language model
 }
 BAG = "bag of words"  # a trained vector a word, and no position: order-blind
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
-NUM_IMAGES = 512
+NUM_IMAGES = 256
 
 
 def encoder(name: str) -> list[str]:
