@@ -14,7 +14,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "carrara"
 
-FOUNDATION = {"divergence", "errors", "keyed_random"}
+FOUNDATION = {"divergence", "errors", "keyed_random", "signals"}
 PARTS = {"autoencoder", "classifier", "conditioner", "evaluator", "language_model"}  # siblings: none imports another
 BELOW_PIPELINE = FOUNDATION | {"diffusion", "network", "data", "metric", "model"} | PARTS
 COMMANDS = {
@@ -24,6 +24,7 @@ COMMANDS = {
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "signals": set(),
     "keyed_random": set(),
     "divergence": set(),
     "diffusion": set(),

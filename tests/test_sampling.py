@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from carrara.build import build_sampling
-from carrara.callback.checkpoint import VerifiedCheckpointIO
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO
 from carrara.config import compose
 from carrara.errors import UserError
 from carrara.run_folder import save_config

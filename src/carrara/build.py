@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from carrara.autoencoder.base import Autoencoder
-from carrara.callback.checkpoint import newest_valid
+from carrara.callback.checkpoint_file import newest_valid
 from carrara.callback.ema import trainable
 from carrara.callback.score import Score
 from carrara.component import load_component

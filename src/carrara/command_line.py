@@ -9,12 +9,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import NoReturn
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from carrara.errors import UserError
+from carrara.signals import exit_on_signal
 
 FREE_TEXT = frozenset(
     {"prompt", "query", "data.urls", "data.val_urls", "image", "images", "mask", "run", "resume", "weak"}
@@ -171,8 +171,3 @@ def show_log() -> None:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False
-
-
-def exit_on_signal(signum: int, frame: FrameType | None) -> None:
-    """A signal handler that unwinds the stack, with its locks and temporary files, and exits with 128 + signum."""
-    raise SystemExit(128 + signum)

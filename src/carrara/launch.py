@@ -9,10 +9,18 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
+import torch.distributed.launcher.api
+from torch.distributed.elastic.agent.server.api import WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+from carrara.signals import EXIT_CODES, SIGNALS
+
+_log = logging.getLogger(__name__)
 
 _AGENT = "torch.distributed.elastic"  # whose loggers
 # glibc hands a step's freed activations back to the kernel, and gets every page anew in the next one: 5 % of a step
@@ -21,19 +29,43 @@ _MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # what the agent handles
+_TO_SAVE, _TO_END = 120, 10  # seconds that processes have after a signal, and after one of them has failed
 
 
-def launch(folder: Path, devices: int, module: str = "carrara.worker") -> int:
+class _Agent(LocalElasticAgent):
+    """Gives processes that are stopped by a signal the time to save, and no more than they need where one has failed.
+
+    A process that hangs or is suspended does not hear the others' end, and is killed after that time.
+    """
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        if self._pcontext:
+            self._pcontext.close(signal.SIGTERM, _TO_END)
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _TO_SAVE) -> None:
+        if self._pcontext:
+            self._pcontext.close(death_sig, _TO_SAVE)
+
+
+def launch(folder: Path, devices: int, module: str = "carrara.worker", max_restarts: int = 0) -> int:
     """Runs `python -m module folder` in `devices` processes under torch.distributed's elastic agent.
 
-    A process that fails takes the others with it, and its error is shown once. SIGTERM, SIGINT, SIGHUP and
-    SIGQUIT are handed to the processes, which have 30 seconds to save what they have. Nothing is left
-    running.
+    A process that fails takes the others with it, and its error is shown once; then all are started again, up to
+    `max_restarts` times, unless it was a user's mistake. The signals of `SIGNALS` are handed to the processes, which
+    have two minutes to save what they have. Nothing is left running.
 
     Returns:
         0; 2 for a user's mistake (`UserError`); 128 + n for signal n; otherwise 1.
     """
+    for restart in range(1, max_restarts + 2):
+        code = _launch_once(folder, devices, module)
+        if code in (0, 2, *EXIT_CODES) or restart > max_restarts:
+            return code
+        _log.warning("starting %s again, %d of %d times", folder, restart, max_restarts)
+    raise AssertionError
+
+
+def _launch_once(folder: Path, devices: int, module: str) -> int:
     with tempfile.TemporaryDirectory(prefix="carrara-") as errors, _surroundings(devices):
         config = LaunchConfig(
             min_nodes=1,
@@ -45,10 +77,11 @@ def launch(folder: Path, devices: int, module: str = "carrara.worker") -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=errors),
-            signals_to_handle=",".join(s.name for s in _SIGNALS),
+            signals_to_handle=",".join(s.name for s in SIGNALS),
         )
         try:
-            launch_agent(config, sys.executable, ["-m", module, str(folder)])
+            with patch.object(torch.distributed.launcher.api, "LocalElasticAgent", _Agent):
+                launch_agent(config, sys.executable, ["-m", module, str(folder)])
         except SignalException as stopped:
             return 128 + stopped.sigval
         except ChildFailedError as failed:
@@ -89,7 +122,7 @@ def _surroundings(processes: int) -> Iterator[None]:
 
     Threads are shared out among the processes. What the user's environment says stays.
     """
-    handlers = {s: signal.getsignal(s) for s in _SIGNALS}
+    handlers = {s: signal.getsignal(s) for s in SIGNALS}
     settings = {"OMP_NUM_THREADS": str(max(1, physical_cores() // processes)), **_MALLOC}
     settings = {key: value for key, value in settings.items() if key not in os.environ}
     os.environ.update(settings)

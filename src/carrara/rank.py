@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from carrara.command_line import RunFailed, exit_on_signal, show_log
+from carrara.command_line import RunFailed, show_log
 from carrara.errors import UserError
+from carrara.signals import SIGNALS, exit_on_signal
 
 _PR_SET_PDEATHSIG = 1
 
@@ -21,10 +22,10 @@ def rank_main(run: Callable[[Path], None]) -> NoReturn:
     """`run(folder)` on the folder in `sys.argv[1]`; the body of `python -m carrara.worker FOLDER`.
 
     What it raises is left for the launcher to show, once for all ranks. Exit codes: 0, 2 for a `UserError`,
-    128 + n for signal n, 1 otherwise. `run` may install handlers of its own for SIGTERM.
+    128 + n for signal n, 1 otherwise. `run` may install handlers of its own.
     """
     _die_with_parent()
-    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for signum in SIGNALS:
         signal.signal(signum, exit_on_signal)
     show_log()
     code = 0
@@ -35,8 +36,6 @@ def rank_main(run: Callable[[Path], None]) -> NoReturn:
         code = 2
     except RunFailed as failure:
         code = failure.code
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
     except Exception:  # the process ends here: its traceback is handed to the launcher, not swallowed
         _report(traceback.format_exc())
         code = 1

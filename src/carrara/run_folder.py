@@ -20,7 +20,8 @@ CHANGEABLE = tuple(
 )  # with resume=RUN
 OF_THE_MACHINE = (
     "devices", "num_nodes", "accelerator", "precision", "compile", "timeout_s",
-    "checkpoint_minutes", "keep_checkpoints", "log_steps",
+    "checkpoint_minutes", "keep_checkpoints", "keep_every", "keep_best", "best_score", "best_is_highest",
+    "max_restarts", "deterministic", "log_steps",
 )  # fmt: skip
 """Settings of the trainer that say how it is run and watched, not what is learnt."""
 

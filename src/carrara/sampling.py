@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from carrara.build import load_trained
-from carrara.callback.checkpoint import digest, is_valid, newest_valid
+from carrara.callback.checkpoint_file import digest, is_valid, newest_valid
 from carrara.component import read_component
 from carrara.config import Config, build, load_yaml
 from carrara.diffusion.spacing import Uniform

@@ -18,12 +18,15 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
 from carrara.build import build_model, build_scores, exported_config
-from carrara.callback.checkpoint import Checkpoints, VerifiedCheckpointIO, checkpoint_step, newest_valid
+from carrara.callback.checkpoint import Checkpoints, retention
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
 from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
 from carrara.callback.export import Export
+from carrara.callback.guard import Guard
 from carrara.callback.log import JsonLines, Wandb
 from carrara.callback.progress import Progress
+from carrara.callback.stop import Stop
 from carrara.callback.vocabulary import LearnVocabularies
 from carrara.config import Config, build, fingerprint
 from carrara.data.module import ShardData
@@ -67,9 +70,10 @@ def run(folder: Path) -> None:
         max_epochs=-1,
         accumulate_grad_batches=settings["accumulate"],
         gradient_clip_val=settings["gradient_clip"],
-        callbacks=_callbacks(config, folder, data, model, modules, epoch_steps),
+        callbacks=_callbacks(config, folder, data, model, modules, log),
         plugins=_plugins(),
         logger=[log, *_wandb(config, folder, epoch_steps)],
+        deterministic=settings["deterministic"],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -100,12 +104,24 @@ def run(folder: Path) -> None:
 
 
 def _callbacks(
-    config: Config, folder: Path, data: ShardData, model: Any, modules: dict[str, nn.Module], epoch_steps: int
+    config: Config, folder: Path, data: ShardData, model: Any, modules: dict[str, nn.Module], log: JsonLines
 ) -> list[Callback]:
     settings, node = config["trainer"], config["callback"]
-    batch_size = settings["batch_size"]
+    batch_size, epoch_steps = settings["batch_size"], log.steps_per_epoch
     ema = EMA(settings["ema_decay"])
-    evaluation = Evaluation(build_scores(config, data, modules), data.validation, epoch_steps, ema, folder / "samples")
+    scores = build_scores(config, data, modules)
+    evaluation = Evaluation(scores, data.validation, epoch_steps, ema, folder / "samples", log)
+    guard = Guard(folder / "skipped_steps.jsonl", settings["max_skipped_steps"])
+    best = settings["best_score"]
+
+    def best_scores() -> dict[int, float]:
+        sign = 1 if settings["best_is_highest"] else -1
+        return {step: sign * found[best] for step, found in log.scores().items() if best in found}
+
+    keep = retention(settings["keep_checkpoints"], settings["keep_every"], settings["keep_best"], best_scores)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", settings["checkpoint_minutes"], epoch_steps, keep, batch_size, ema
+    )
     card = {"fingerprint": fingerprint(config), "data": {"name": data.name, "fingerprint": data.fingerprint}}
 
     def images() -> Iterator[Tensor]:
@@ -115,15 +131,11 @@ def _callbacks(
     return [
         LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS)),
         ema,
+        guard,
+        Progress(settings["log_steps"], batch_size, evaluation, node["headline"], guard),
+        checkpoints,
+        Stop(checkpoints),
         evaluation,
-        Progress(settings["log_steps"], batch_size, evaluation, node["headline"]),
-        Checkpoints(
-            folder / "checkpoints",
-            settings["checkpoint_minutes"],
-            epoch_steps,
-            settings["keep_checkpoints"],
-            batch_size,
-        ),
         Export(
             folder,
             exported_config(config, model.kind),

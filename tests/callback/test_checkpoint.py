@@ -6,108 +6,20 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from carrara.callback import checkpoint as checkpoint_module
-from carrara.callback.checkpoint import Checkpoints, VerifiedCheckpointIO, checkpoint_step, newest_valid
+from carrara.callback.checkpoint import Checkpoints, retention
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
+from carrara.callback.ema import EMA
 from carrara.errors import UserError
 from tests.tiny import batches, diffusion_model, equal, trainer, weights
 
 
-def save(folder: Path, step: int) -> Path:
-    path = folder / f"step={step:08d}.ckpt"
-    VerifiedCheckpointIO().save_checkpoint({"step": step, "x": torch.arange(1000.0)}, path)
-    return path
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def test_what_is_saved_comes_back(tmp_path):
-    path = save(tmp_path / "checkpoints", 7)
-    loaded = VerifiedCheckpointIO().load_checkpoint(path)
-    assert loaded["step"] == 7 and torch.equal(loaded["x"], torch.arange(1000.0))
-    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, path.name + ".sha256"]
-    assert checkpoint_step(path) == 7
-
-
-def test_a_failed_save_leaves_nothing_and_the_old_one_whole(tmp_path, monkeypatch):
-    old = save(tmp_path, 1)
-
-    def fail(checkpoint, file):
-        file.write(b"half of it")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [old.name, old.name + ".sha256"]
-    assert newest_valid(tmp_path) == old
-
-
-def test_a_checkpoint_appears_whole(tmp_path, monkeypatch):
-    """Under its own name there is never a part of one, and never one without its checksum."""
-    written = []
-    real = torch.save
-
-    def watch(checkpoint, file):
-        real(checkpoint, file)
-        written.append(sorted(p.name for p in tmp_path.glob("step=*")))
-
-    monkeypatch.setattr(torch, "save", watch)
-    path = save(tmp_path, 3)
-    assert written == [[]] and path.exists()
-
-
-def test_objects_are_not_unpickled(tmp_path):
-    path = tmp_path / "step=00000001.ckpt"
-    torch.save({"x": Path("/")}, path)
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        VerifiedCheckpointIO().load_checkpoint(path, weights_only=False)
-
-
-@pytest.mark.parametrize("damage", [flip, cut])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage):
-    old, new = save(tmp_path, 90), save(tmp_path, 100)
-    assert newest_valid(tmp_path) == new
-    damage(new)
-    with caplog.at_level(logging.WARNING):
-        assert newest_valid(tmp_path) == old
-    assert "step=00000100.ckpt" in caplog.text and "damaged" in caplog.text
-
-
-def test_a_checkpoint_without_its_checksum_is_passed_over(tmp_path, caplog):
-    old, new = save(tmp_path, 1), save(tmp_path, 2)
-    new.with_name(new.name + ".sha256").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert newest_valid(tmp_path) == old
-    assert "is missing" in caplog.text
-
-
-def test_all_damaged_is_the_users_to_know(tmp_path):
-    for step in (1, 2):
-        flip(save(tmp_path, step))
-    with pytest.raises(UserError, match=r"no checkpoint in .* is intact"):
-        newest_valid(tmp_path)
-
-
-def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
-    assert newest_valid(tmp_path) is None
-    assert newest_valid(tmp_path / "absent") is None
-
-
-# --- in training ---
-
-
 def run(folder: Path, max_steps: int, *others: Callback, start: int = 0, resume: Path | None = None, **changes):
-    settings = {"minutes": 1e9, "epoch_steps": 1000, "keep": 2, "batch_size": 4} | changes
-    checkpoints = Checkpoints(folder, **settings)
+    keep = retention(changes.pop("newest", 2), changes.pop("every", None), 0, dict)
+    ema = EMA(0.9)
+    settings = {"minutes": 1e9, "epoch_steps": 1000, "batch_size": 4} | changes
+    checkpoints = Checkpoints(folder, keep=keep, ema=ema, **settings)
     model = diffusion_model()
-    one = trainer(folder, checkpoints, *others, max_steps=max_steps, plugins=[VerifiedCheckpointIO()])
+    one = trainer(folder, ema, checkpoints, *others, max_steps=max_steps, plugins=[VerifiedCheckpointIO()])
     one.fit(model, batches(max_steps, start), ckpt_path=resume, weights_only=True)
     return model
 
@@ -117,19 +29,99 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_the_newest_are_kept_with_their_checksums(tmp_path):
-    run(tmp_path, 5, epoch_steps=1, keep=2)
+    run(tmp_path, 5, epoch_steps=1, newest=2)
     assert steps(tmp_path) == [4, 5]
     assert len(list(tmp_path.glob("*.sha256"))) == 2
 
 
+def test_what_is_kept():
+    scores = {10: 0.1, 20: 0.9, 30: 0.2, 40: 0.9}
+    steps = [10, 20, 30, 40, 50, 60]
+    assert retention(1, None, 0, lambda: pytest.fail("not needed"))(steps) == {60}
+    assert retention(2, None, 0, dict)(steps) == {50, 60}
+    assert retention(1, 30, 0, dict)(steps) == {30, 60}
+    assert retention(1, None, 1, lambda: scores)(steps) == {40, 60}  # of equals the newer
+    assert retention(1, 30, 3, lambda: scores)(steps) == {20, 30, 40, 60}
+    assert retention(9, None, 0, dict)(steps) == set(steps)
+    with pytest.raises(UserError, match=r"trainer\.keep_checkpoints=0"):
+        retention(0, None, 0, dict)
+
+
+def test_checkpoints_at_multiples_stay(tmp_path):
+    run(tmp_path, 5, epoch_steps=1, newest=1, every=2)
+    assert steps(tmp_path) == [2, 4, 5]
+
+
+class Break(Callback):
+    """Makes a weight infinite at the start of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == self.step:
+            next(pl_module.predictor.network.parameters()).data.flatten()[0] = torch.inf
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(UserError, match=r"predictor\.network\..* is not finite after step 4"):
+        run(tmp_path, 9, Break(3), epoch_steps=2)
+    assert steps(tmp_path) == [2]
+
+
+def full(checkpoint, file):
+    file.write(b"half of it")
+    raise OSError(28, "No space left on device")
+
+
+def test_with_a_full_disk_training_goes_on(tmp_path, monkeypatch, caplog):
+    real, calls = torch.save, []
+
+    def save(checkpoint, file):
+        calls.append(checkpoint)
+        (full if len(calls) == 2 else real)(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with caplog.at_level(logging.ERROR):
+        run(tmp_path, 6, epoch_steps=2, newest=9)
+    assert steps(tmp_path) == [2, 6]
+    assert "step 4" in caplog.text and "No space left on device" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_last_checkpoint_must_succeed(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"step 3 .*No space left on device; make room"):
+        run(tmp_path, 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_no_larger_than_what_it_holds(tmp_path):
+    model = run(tmp_path, 2)
+    path = newest_valid(tmp_path)
+    assert path is not None
+    saved = torch.load(path, weights_only=True)
+    held = [*saved["state_dict"].values(), *saved["callbacks"]["EMA"]["average"].values()]
+    for state in saved["optimizer_states"][0]["state"].values():
+        held += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {name for name, _ in model.named_buffers()}
+    assert saved["state_dict"].keys() <= trained | buffers | {k for k in saved["state_dict"] if "extra_state" in k}
+    tensors = [value for value in held if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 3 * len(trained)
+    contents = sum(value.numel() * value.element_size() for value in tensors)
+    # of tiny tensors the archive's own headers are most: 64 bytes to align each, some hundred to name it
+    assert path.stat().st_size <= 1.1 * contents + 400 * len(tensors)
+
+
 def test_the_last_step_is_saved_and_evaluations_are(tmp_path):
-    run(tmp_path, 5, epoch_steps=2, keep=9)
+    run(tmp_path, 5, epoch_steps=2, newest=9)
     assert steps(tmp_path) == [2, 4, 5]
 
 
 def test_the_clock_saves_too(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_module, "_CLOCK_STEPS", 2)
-    run(tmp_path, 5, minutes=0.0, keep=9)
+    run(tmp_path, 5, minutes=0.0, newest=9)
     assert steps(tmp_path) == [2, 4, 5]
 
 
@@ -138,8 +130,9 @@ def test_accumulation_saves_once_a_step(tmp_path, monkeypatch):
     monkeypatch.setattr(
         VerifiedCheckpointIO, "save_checkpoint", lambda self, checkpoint, path, storage_options=None: saved.append(path)
     )
-    checkpoints = Checkpoints(tmp_path, 1e9, 1, 2, 8)
-    one = trainer(tmp_path, checkpoints, max_steps=2, accumulate_grad_batches=2, plugins=[VerifiedCheckpointIO()])
+    ema = EMA(0.9)
+    checkpoints = Checkpoints(tmp_path, 1e9, 1, retention(2, None, 0, dict), 8, ema)
+    one = trainer(tmp_path, ema, checkpoints, max_steps=2, accumulate_grad_batches=2, plugins=[VerifiedCheckpointIO()])
     one.fit(diffusion_model(), batches(4))
     assert [path.name for path in saved] == ["step=00000001.ckpt", "step=00000002.ckpt"]
 
@@ -158,7 +151,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
     """Weights, optimizer, learning rate and the random state: killed after step 2 of 4."""
     draws, later = Draws(), Draws()
     torch.manual_seed(0)
-    whole = run(tmp_path / "whole", 4, draws, epoch_steps=2, keep=9)
+    whole = run(tmp_path / "whole", 4, draws, epoch_steps=2, newest=9)
     checkpoint = tmp_path / "whole" / "step=00000002.ckpt"
     torch.manual_seed(999)  # another process
     resumed = run(tmp_path / "again", 4, later, start=2, resume=checkpoint)

@@ -6,6 +6,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
+from carrara.callback.log import JsonLines
 from carrara.callback.score import Setting, prefix
 from carrara.data.validation import ValidationSet
 from carrara.model.base import Model
@@ -49,7 +50,9 @@ class Look:
 def evaluated(tmp_path, every: int = 2, steps: int = 5, **changes) -> tuple[Evaluation, Look, Memory, EMA, Model]:
     look, memory, ema, model = Look(), Memory(), EMA(0.9), diffusion_model()
     validation = cast(ValidationSet, Validation(8))
-    evaluation = Evaluation([look], validation, every, ema, tmp_path / "samples")
+    evaluation = Evaluation(
+        [look], validation, every, ema, tmp_path / "samples", JsonLines(tmp_path / "metrics.jsonl", 4, every)
+    )
     run = trainer(tmp_path, ema, evaluation, max_steps=steps, logger=[memory], **changes)
     run.fit(model, batches(steps * changes.get("accumulate_grad_batches", 1)))
     return evaluation, look, memory, ema, model
@@ -83,11 +86,39 @@ def test_evaluating_does_not_change_the_training(tmp_path):
     assert equal(states[0], states[1])
 
 
-def test_a_resumed_run_does_not_score_a_step_twice(tmp_path):
-    evaluation, _, _, _, _ = evaluated(tmp_path, every=2, steps=2)
-    again = Evaluation([], cast(ValidationSet, Validation(8)), 2, EMA(0.9), tmp_path)
-    again.load_state_dict(evaluation.state_dict())
-    assert again.step == 2 and again.latest == {"val/loss": 1.0}
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_resumed_run_scores_a_step_once(tmp_path, scored):
+    """Stopped after its checkpoint, before or after the evaluation of step 2."""
+    log = JsonLines(tmp_path / "metrics.jsonl", 4, 2)
+    look, ema, model = Look(), EMA(0.9), diffusion_model()
+    first = trainer(tmp_path, ema, max_steps=2)
+    first.fit(model, batches(2))
+    first.save_checkpoint(tmp_path / "checkpoint")
+    log.log_metrics({"train/loss": 7.0}, 2)
+    if scored:
+        log.log_metrics({"val/loss": 0.5}, 2)
+    average = {name: value.clone() for name, value in ema.average.items()}
+    ema = EMA(0.9)
+    evaluation = Evaluation([look], cast(ValidationSet, Validation(8)), 2, ema, tmp_path, log)
+    run = trainer(tmp_path, ema, evaluation, max_steps=4, logger=[log])
+    run.fit(diffusion_model(), batches(4, 2), ckpt_path=tmp_path / "checkpoint", weights_only=True)
+    assert log.scores() == {2: {"val/loss": 0.5 if scored else 1.0}, 4: {"val/loss": 1.0 if scored else 2.0}}
+    if not scored:
+        assert all(torch.equal(look.seen[0][0][name], value) for name, value in average.items())
+
+
+def test_an_evaluation_leaves_the_ranks_random_numbers_alone(tmp_path):
+    def draw(model, setting):
+        torch.rand(3)
+        return {"val/loss": 1.0}
+
+    log = JsonLines(tmp_path / "metrics.jsonl", 4, 2)
+    ema, one, model = EMA(0.9), trainer(tmp_path, max_steps=1), diffusion_model()
+    ema.on_fit_start(one, model)
+    evaluation = Evaluation([draw], cast(ValidationSet, Validation(8)), 2, ema, tmp_path, log)
+    state = torch.get_rng_state()
+    evaluation.evaluate(one, model)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])

@@ -5,10 +5,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from carrara.autoencoder.kl import KL
-from carrara.callback.checkpoint import Checkpoints, VerifiedCheckpointIO, newest_valid
+from carrara.callback.checkpoint import Checkpoints, retention
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO, newest_valid
 from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
 from carrara.callback.export import Export
+from carrara.callback.log import JsonLines
 from carrara.component import load_component
 from tests.tiny import Validation, autoencoder_model, batches, trainer, weights
 
@@ -24,7 +26,8 @@ NODE = {
 
 def train(folder, model, *others: Callback, max_steps: int = 3, resume=None, score=lambda *_: {"val/psnr": 20.0}):
     ema = EMA(0.9)
-    evaluation = Evaluation([score], Validation(4), 10, ema, folder / "samples")  # type: ignore[arg-type]
+    log = JsonLines(folder / "metrics.jsonl", 4, 10)
+    evaluation = Evaluation([score], Validation(4), 10, ema, folder / "samples", log)  # type: ignore[arg-type]
     card = {"fingerprint": "abc", "data": {"name": "noise", "fingerprint": "def"}}
     export = Export(
         folder,
@@ -35,10 +38,9 @@ def train(folder, model, *others: Callback, max_steps: int = 3, resume=None, sco
         card,
         lambda scores: {"scores": scores, "hash": "123"},
     )
-    checkpoints = Checkpoints(folder / "checkpoints", 1e9, 2, 2, 4)
-    run = trainer(
-        folder, ema, evaluation, checkpoints, *others, export, max_steps=max_steps, plugins=[VerifiedCheckpointIO()]
-    )
+    checkpoints = Checkpoints(folder / "checkpoints", 1e9, 2, retention(2, None, 0, dict), 4, ema)
+    callbacks = [ema, checkpoints, evaluation, *others, export]
+    run = trainer(folder, *callbacks, max_steps=max_steps, logger=[log], plugins=[VerifiedCheckpointIO()])
     run.fit(model, batches(3), ckpt_path=resume, weights_only=True)
     return ema
 

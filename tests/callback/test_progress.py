@@ -4,11 +4,13 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from carrara.callback import evaluation as evaluation_module
 from carrara.callback import progress as progress_module
 from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
+from carrara.callback.guard import Guard
 from carrara.callback.log import JsonLines
 from carrara.callback.progress import Progress
 from carrara.model.diffusion import DiffusionModel
@@ -18,9 +20,11 @@ from tests.tiny import Validation, autoencoder_model, batches, diffusion_model, 
 def logged(tmp_path, model, every: int, steps: int, stream=None, scores=(), epoch=10**6, **changes) -> list[dict]:
     log = JsonLines(tmp_path / "metrics.jsonl", batch_size=4, steps_per_epoch=10)
     ema = EMA(0.9)
-    evaluation = Evaluation(scores, Validation(4), epoch, ema, tmp_path)  # type: ignore[arg-type]
-    progress = Progress(every, 4, evaluation, "val/loss")
-    run = trainer(tmp_path, ema, *([evaluation] if scores else []), progress, max_steps=steps, logger=[log], **changes)
+    evaluation = Evaluation(scores, Validation(4), epoch, ema, tmp_path, log)  # type: ignore[arg-type]
+    guard = Guard(tmp_path / "skipped_steps.jsonl", 3)
+    progress = Progress(every, 4, evaluation, "val/loss", guard)
+    callbacks = [ema, guard, progress, *([evaluation] if scores else [])]
+    run = trainer(tmp_path, *callbacks, max_steps=steps, logger=[log], **changes)
     run.fit(model, stream or batches(steps * changes.get("accumulate_grad_batches", 1)))
     return [json.loads(line) for line in log.path.read_text().splitlines()]
 
@@ -97,6 +101,49 @@ def test_skipped_samples_are_counted_by_reason(tmp_path):
     rows = logged(tmp_path, diffusion_model(), 2, 4, stream)
     assert (rows[0]["data/skipped_truncated"], rows[0]["data/skipped_too_large"]) == (3, 1)
     assert not any(key.startswith("data/") for key in rows[1])
+
+
+def test_a_loss_that_is_not_finite_is_in_no_mean(tmp_path):
+    model = diffusion_model()
+    step, seen = model.loss, []
+
+    def loss(batch, u=None):
+        losses = step(batch, u)
+        seen.append(losses["loss"].item())
+        return losses | {"loss": losses["loss"] * torch.nan} if len(seen) == 2 else losses
+
+    model.loss = loss  # type: ignore[method-assign]
+    (row,) = logged(tmp_path, model, 3, 3)
+    assert row["train/loss"] == pytest.approx((seen[0] + seen[2]) / 2, rel=1e-5)
+    assert row["train/skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("stopped_at", [2, 3, 4])
+def test_a_resumed_run_writes_the_lines_of_one_that_was_never_stopped(tmp_path, stopped_at):
+    def lines(folder, steps, start=0, resume=None):
+        folder.mkdir(exist_ok=True)
+        log = JsonLines(folder / "metrics.jsonl", batch_size=4, steps_per_epoch=10)
+        ema, guard = EMA(0.9), Guard(folder / "skipped_steps.jsonl", 3)
+        evaluation = Evaluation([], Validation(4), 100, ema, folder, log)  # type: ignore[arg-type]
+        callbacks = [ema, guard, Progress(3, 4, evaluation, "val/loss", guard)]
+        run = trainer(folder, *callbacks, max_steps=6, logger=[log])
+        stream = batches(6, start)
+        stream.rows = stream.rows[: steps - start]
+        stream.rows[0]["skipped"] = {"truncated": 1}
+        run.fit(diffusion_model(), stream, ckpt_path=resume, weights_only=True)
+        run.save_checkpoint(folder / "checkpoint")
+        rows = [json.loads(line) for line in log.path.read_text().splitlines()]
+        return [{key: row[key] for key in row if key not in ("time", "images_per_second")} for row in rows]
+
+    torch.manual_seed(0)
+    whole = lines(tmp_path / "whole", 6)
+    assert [row["step"] for row in whole] == [3, 6]
+    torch.manual_seed(0)
+    lines(tmp_path / "again", stopped_at)
+    again = lines(tmp_path / "again", 6, stopped_at, tmp_path / "again" / "checkpoint")
+    assert [row["step"] for row in again] == [3, 6]
+    assert [row["train/loss"] for row in again] == [row["train/loss"] for row in whole]  # to the bit
+    assert sum(row.get("data/skipped_truncated", 0) for row in again) == 2
 
 
 def test_without_a_terminal_there_are_lines(tmp_path, caplog):

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from carrara.architecture import meta_modules
-from carrara.callback.checkpoint import VerifiedCheckpointIO
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO
 from carrara.callback.ema import EMA
 from carrara.component import load_component, save_component
 from carrara.conditioner.pretrained import Pretrained

@@ -1,73 +1,62 @@
-"""Checkpoints that are whole or absent: written beside, fsynced, renamed, with a checksum."""
+"""When a run's checkpoints are written, what is in them, and which are kept."""
 
-import hashlib
 import logging
-import os
-import re
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_name, checkpoint_step, remove
+from carrara.callback.ema import EMA, trainable
+from carrara.callback.ranks import gather
 from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
 
+Keep = Callable[[Sequence[int]], set[int]]
 _CLOCK_STEPS = 20  # optimizer steps between two looks at the clock
 
 
-class VerifiedCheckpointIO(CheckpointIO):
-    """Saves through a temporary file of the same folder; loads tensors and plain data only, never objects."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            _digest_file(path).write_text(digest(temporary))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
-        _digest_file(Path(path)).unlink(missing_ok=True)
-
-
 class Checkpoints(Callback):
-    """Saves everything a run needs to go on, every so many minutes, after every evaluation and after the last step.
+    """Saves everything a run needs to go on: every so many minutes, before every evaluation and after the last step.
 
     Besides Lightning's own, a checkpoint holds every rank's random state and the data position; the modules leave
-    frozen weights out.
+    frozen weights out. It is saved before the evaluation, so that nothing is lost if that is not lived through.
+
+    Where the disk is full, training goes on and tries again when the next is due; only the last one must succeed.
 
     Args:
         folder: the run's `checkpoints/`.
         minutes: between two, at most.
         epoch_steps: optimizer steps between two evaluations.
-        keep: how many of the newest are kept.
+        keep: which are not removed; given the steps in rising order, the steps to keep.
         batch_size: global batch; samples consumed = steps · batch_size.
+        ema: its average must be finite too.
+
+    Attributes:
+        step: of the last one.
     """
 
-    def __init__(self, folder: Path, minutes: float, epoch_steps: int, keep: int, batch_size: int):
+    def __init__(
+        self,
+        folder: Path,
+        minutes: float,
+        epoch_steps: int,
+        keep: Keep,
+        batch_size: int,
+        ema: EMA,
+    ):
         self.folder = folder
         self.seconds = 60 * minutes
         self.epoch_steps = epoch_steps
         self.keep = keep
         self.batch_size = batch_size
+        self.ema = ema
         self.step = 0
         self.saved_at = time.monotonic()
 
@@ -80,13 +69,49 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
-        if step == self.step or not self._due(trainer, step):
+        if step != self.step and self._due(trainer, step):
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """A checkpoint of the step that has just been made, unless there is one. All ranks call it.
+
+        Raises:
+            UserError: the weights are not finite; or it is the run's last step and the disk is full.
+        """
+        step = trainer.global_step
+        if step == self.step:
             return
+        self._check_finite(pl_module, step)
         self.step, self.saved_at = step, time.monotonic()
-        trainer.save_checkpoint(self.folder / f"step={step:08d}.ckpt")
-        if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
-                trainer.strategy.remove_checkpoint(old)
+        trainer.save_checkpoint(self.folder / checkpoint_name(step))
+        writer = trainer.strategy.checkpoint_io
+        assert isinstance(writer, VerifiedCheckpointIO)
+        reason = trainer.strategy.broadcast(writer.problem)
+        problem = f"cannot write the checkpoint of step {step} in {self.folder}: {reason}" if reason else ""
+        if problem and step == trainer.max_steps:
+            raise UserError(f"{problem}; make room, then resume the run")
+        if problem:
+            _log.error("%s; it is tried again when the next is due", problem)
+        elif trainer.is_global_zero:
+            self._remove_others()
+
+    def _remove_others(self) -> None:
+        paths = {checkpoint_step(path): path for path in self.folder.glob("step=*.ckpt")}
+        kept = self.keep(sorted(paths))
+        for step, path in paths.items():
+            if step not in kept:
+                remove(path)
+
+    def _check_finite(self, pl_module: lightning.LightningModule, step: int) -> None:
+        """Weights are alike on all ranks, so all find the same."""
+        for of, tensors in (("", dict(trainable(pl_module))), ("the average of ", self.ema.average)):
+            norms = torch._foreach_norm(list(tensors.values()), float("inf"))
+            for name, norm in zip(tensors, norms, strict=True):
+                if not norm.isfinite():
+                    raise UserError(
+                        f"{of}{name} is not finite after step {step}: the checkpoint is not written, and the last one "
+                        "stays as it is. Start again with a lower trainer.learning_rate"
+                    )
 
     def _due(self, trainer: lightning.Trainer, step: int) -> bool:
         if step % self.epoch_steps == 0 or step == trainer.max_steps:
@@ -100,7 +125,7 @@ class Checkpoints(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["samples_consumed"] = trainer.global_step * self.batch_size
-        checkpoint["random_states"] = _gather_random_states(trainer, pl_module.device)
+        checkpoint["random_states"] = gather(trainer, _random_state(pl_module.device))
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -111,60 +136,29 @@ class Checkpoints(Callback):
             _set_random_state(states[trainer.global_rank], pl_module.device)
 
 
-def newest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint whose checksum holds; None if there is none at all.
+def retention(newest: int, every: int | None, best: int, scores: Callable[[], Mapping[int, float]]) -> Keep:
+    """Which steps to keep: the `newest`, every multiple of `every`, and the `best` by their scores (the higher).
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: without the newest there is nothing to go on from.
     """
-    found = sorted(folder.glob("step=*.ckpt"), reverse=True)
-    for path in found:
-        if is_valid(path):
-            return path
-    if found:
-        raise UserError(f"no checkpoint in {folder} is intact; start a new run, or restore the folder from a copy")
-    return None
+    if newest < 1:
+        raise UserError(f"trainer.keep_checkpoints={newest}: at least the newest must be kept")
+
+    def keep(steps: Sequence[int]) -> set[int]:
+        known = scores() if best else {}
+        ranked = sorted((step for step in steps if step in known), key=lambda step: (known[step], step))
+        regular = [step for step in steps if every and step % every == 0]
+        return {*steps[-newest:], *regular, *(ranked[-best:] if best else [])}
+
+    return keep
 
 
-def is_valid(path: Path) -> bool:
-    """Whether a checkpoint's checksum holds; if not, the log says what is wrong."""
-    recorded = _digest_file(path)
-    if not recorded.exists():
-        _log.warning("passing over %s: its .sha256 is missing", path)
-    elif not path.exists():
-        _log.warning("passing over %s: it does not exist", path)
-    elif recorded.read_text().strip() != digest(path):
-        _log.warning("passing over %s: it is damaged (checksum differs)", path)
-    else:
-        return True
-    return False
-
-
-def checkpoint_step(path: Path) -> int:
-    """The optimizer step in a checkpoint's name."""
-    match = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
-    assert match is not None
-    return int(match[1])
-
-
-def _digest_file(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a checkpoint."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _gather_random_states(trainer: lightning.Trainer, device: torch.device) -> list[dict[str, Tensor]]:
+def _random_state(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
-    if trainer.world_size == 1:
-        return [states]
-    gathered = {name: trainer.strategy.all_gather(state.to(device)).cpu() for name, state in states.items()}
-    return [{name: state[rank].clone() for name, state in gathered.items()} for rank in range(trainer.world_size)]
+    return states
 
 
 def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,31 @@ class JsonLines(Logger):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def scores(self) -> dict[int, dict[str, float]]:
+        """What evaluations have logged: step -> scores."""
+        found = {}
+        for row in self._rows():
+            values = {name: value for name, value in row.items() if name.startswith("val")}
+            if values:
+                found[row["step"]] = values
+        return found
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+                row["step"]
+            except (ValueError, KeyError):  # a line cut by a kill
+                continue
+            yield row
+
     def cut_back(self, step: int) -> None:
         """Forget what was logged after `step`, before a resumed run logs it again."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):  # a line cut by a kill
-                continue
+        kept = [json.dumps(row) + "\n" for row in self._rows() if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)

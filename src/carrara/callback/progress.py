@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+from collections import Counter
 from typing import Any
 
 import lightning
@@ -12,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
-from carrara.callback.ema import trainable
 from carrara.callback.evaluation import Evaluation
-from carrara.errors import UserError
+from carrara.callback.guard import Guard
+from carrara.callback.ranks import gather
 
 _log = logging.getLogger(__name__)
 
@@ -22,44 +23,45 @@ _log = logging.getLogger(__name__)
 class Progress(Callback):
     """Logs means since the last line every `every_steps` optimizer steps; shows a bar or, without a terminal, lines.
 
-    Logged: `train/loss` and its parts, `train/learning_rate`, `train/gradient_norm`, `images_per_second` (training
-    alone, without evaluation), `data/skipped_…`.
+    Logged: `train/loss` and its parts, over all ranks and where they are finite, `train/learning_rate`,
+    `train/gradient_norm`, `train/skipped_steps` once there are any, `images_per_second` (training alone, without
+    evaluation), `data/skipped_…`.
+
+    What is not yet on a line is in the checkpoints, so that a resumed run writes the lines of one that was never
+    stopped.
 
     Args:
         every_steps: optimizer steps between two lines of the log.
         batch_size: global batch.
         evaluation: whose last scores are shown.
         headline: the score to show.
+        guard: measures the gradient.
     """
 
-    def __init__(self, every_steps: int, batch_size: int, evaluation: Evaluation, headline: str):
+    def __init__(self, every_steps: int, batch_size: int, evaluation: Evaluation, headline: str, guard: Guard):
         self.every_steps = every_steps
         self.batch_size = batch_size
         self.evaluation = evaluation
         self.headline = headline
+        self.guard = guard
         self.bar: tqdm[None] | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.batches = 0
+        self.sums: dict[str, Tensor] = {}  # of finite values, and how many those are: (2,) float32
+        self.skipped: dict[str, int] = {}
         self.steps = 0
         self.seconds = 0.0
-        self.norm: Tensor | None = None
-        self.skipped: dict[str, int] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.step = trainer.global_step
+        self.sums = {name: value.to(pl_module.device) for name, value in self.sums.items()}
         if trainer.is_global_zero and sys.stderr.isatty():
             total = trainer.max_steps * self.batch_size
             self.bar = tqdm(total=total, initial=self.step * self.batch_size, unit="img", dynamic_ncols=True)
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.start = time.monotonic() - self.evaluation.seconds
-
-    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
-        grads = [p.grad for _, p in trainable(pl_module) if p.grad is not None]
-        self.norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
     def on_train_batch_end(
         self,
@@ -74,40 +76,61 @@ class Progress(Callback):
             value = value.detach().float()
             if name == "loss":  # Lightning hands it on divided
                 value = value * trainer.accumulate_grad_batches
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            finite = value.isfinite()
+            counted = torch.stack([torch.where(finite, value, 0.0), finite.float()])
+            self.sums[name] = self.sums[name] + counted if name in self.sums else counted
         for reason, count in batch["skipped"].items():
             self.skipped[reason] = self.skipped.get(reason, 0) + count
-        self.batches += 1
         if trainer.global_step != self.step:
             self.step = trainer.global_step
             self.steps += 1
-            if self.steps == self.every_steps or self.step == trainer.max_steps:
+            if self.step % self.every_steps == 0 or self.step == trainer.max_steps:
                 self._flush(trainer)
 
     def _flush(self, trainer: lightning.Trainer) -> None:
         names = list(self.sums)
-        means = trainer.strategy.reduce(
-            torch.stack([self.sums[name] for name in names]) / self.batches, reduce_op="mean"
-        )
-        values = {f"train/{name}": float(value) for name, value in zip(names, means.tolist(), strict=True)}
+        sums = trainer.strategy.reduce(torch.stack([self.sums[name] for name in names]), reduce_op="sum").tolist()
+        values = {f"train/{name}": total / count for name, (total, count) in zip(names, sums, strict=True) if count}
         values["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if self.norm is not None:
-            values["train/gradient_norm"] = float(self.norm)
+        norm = float(self.guard.norm)
+        if math.isfinite(norm):
+            values["train/gradient_norm"] = norm
+        if self.guard.total:
+            values["train/skipped_steps"] = float(self.guard.total)
         values["images_per_second"] = self.steps * self.batch_size / self.seconds
-        values |= {f"data/skipped_{reason}": float(count) for reason, count in self.skipped.items()}
+        skipped = sum((Counter(of_rank) for of_rank in gather(trainer, self.skipped)), Counter[str]())
+        values |= {f"data/skipped_{reason}": float(count) for reason, count in sorted(skipped.items())}
         for logger in trainer.loggers:
             logger.log_metrics(values, self.step)
-        if not math.isfinite(values["train/loss"]):  # on all ranks: the mean is theirs
-            raise UserError(
-                f"the loss is {values['train/loss']} at step {self.step}: lower trainer.learning_rate, or go on from "
-                "an earlier checkpoint with resume="
-            )
         if trainer.is_global_zero:
             self._show(trainer, values)
         self._reset()
 
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = {
+            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "skipped": self.skipped,
+            "steps": self.steps,
+            "seconds": self.seconds,
+        }
+        checkpoint["progress"] = gather(trainer, state)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        states = checkpoint["progress"]
+        rank = trainer.global_rank
+        if len(states) == trainer.world_size:
+            self.sums, self.skipped = states[rank]["sums"], states[rank]["skipped"]
+        else:  # rank 0 has all that the others had
+            self.sums = {name: sum(state["sums"][name] for state in states) * (rank == 0) for name in states[0]["sums"]}
+            self.skipped = dict(sum((Counter(state["skipped"]) for state in states), Counter())) if rank == 0 else {}
+        self.steps, self.seconds = states[0]["steps"], states[0]["seconds"]
+
     def _show(self, trainer: lightning.Trainer, values: dict[str, float]) -> None:
-        shown = {"loss": f"{values['train/loss']:.4f}"}
+        shown = {"loss": f"{values['train/loss']:.4f}"} if "train/loss" in values else {}
         if self.headline in self.evaluation.latest:
             shown[self.headline] = f"{self.evaluation.latest[self.headline]:.3f}"
         if self.bar is not None:

@@ -18,11 +18,11 @@ from carrara import parts, run_folder
 from carrara.command_line import RunFailed, quote, quote_free_text, show_error, split_flags
 from carrara.config import Composed, Config, build, check, compose, resolve, size_of, sweep_overrides
 from carrara.errors import UserError
+from carrara.signals import EXIT_CODES
 from carrara.world import Relay, World, outside_world
 
 NAME = "train"
 WORKER = "carrara.worker"  # has run(folder)
-_STOPPED = (129, 130, 131, 143)  # exit codes after SIGHUP, SIGINT, SIGQUIT, SIGTERM
 
 _log = logging.getLogger(__name__)
 
@@ -171,8 +171,8 @@ def _show_plan(conf_dir: Path, composed: Composed) -> None:
 def _start_processes(folder: Path, devices: int) -> None:
     from carrara.launch import launch
 
-    code = launch(folder, devices, WORKER)
-    if code in _STOPPED:
+    code = launch(folder, devices, WORKER, run_folder.load_config(folder)["trainer"]["max_restarts"])
+    if code in EXIT_CODES:
         sys.exit(code)
     if code:
         raise RunFailed(code)

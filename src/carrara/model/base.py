@@ -70,7 +70,10 @@ class Model(lightning.LightningModule):
         """Write into the component's folder what it holds besides the weights of the exported part."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        return self.loss(batch)
+        losses = self.loss(batch)
+        # the gradient of a loss that is not finite is NaN in every parameter, and so, once it is shared, on every rank
+        loss = losses["loss"]
+        return losses | {"loss": loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)}
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer_factory(parameter_groups(self))
