@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Commands print it without a traceback and exit with code 2.
     """
+
+
+class MachineError(Exception):
+    """Something outside of the run failed; the message says what in one line. Started again, the run may go on."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from carrara.command_line import RunFailed, show_log
-from carrara.errors import UserError
+from carrara.errors import MachineError, UserError
 from carrara.signals import SIGNALS, exit_on_signal
 
 _PR_SET_PDEATHSIG = 1
@@ -34,6 +34,9 @@ def rank_main(run: Callable[[Path], None]) -> NoReturn:
     except UserError as mistake:
         _report(f"error: {mistake}\n")
         code = 2
+    except MachineError as failure:
+        _report(f"error: {failure}\n")
+        code = 1
     except RunFailed as failure:
         code = failure.code
     except Exception:  # the process ends here: its traceback is handed to the launcher, not swallowed

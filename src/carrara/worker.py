@@ -29,6 +29,7 @@ from carrara.callback.progress import Progress
 from carrara.callback.stop import Stop
 from carrara.callback.vocabulary import LearnVocabularies
 from carrara.config import Config, build, fingerprint
+from carrara.data.loader import workers_explained
 from carrara.data.module import ShardData
 from carrara.precision import choose_precision
 from carrara.rank import rank_main
@@ -97,7 +98,8 @@ def run(folder: Path) -> None:
         settings["max_steps"],
         position,
     )
-    trainer.fit(model, loader, ckpt_path=checkpoint, weights_only=True)
+    with workers_explained():
+        trainer.fit(model, loader, ckpt_path=checkpoint, weights_only=True)
     loader.close()
     if trainer.is_global_zero:
         _log.info("report: %s", write_report(folder).resolve())

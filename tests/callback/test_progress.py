@@ -1,10 +1,12 @@
 import json
 import logging
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from carrara.callback import evaluation as evaluation_module
 from carrara.callback import progress as progress_module
@@ -118,32 +120,42 @@ def test_a_loss_that_is_not_finite_is_in_no_mean(tmp_path):
     assert row["train/skipped_steps"] == 1
 
 
-@pytest.mark.parametrize("stopped_at", [2, 3, 4])
-def test_a_resumed_run_writes_the_lines_of_one_that_was_never_stopped(tmp_path, stopped_at):
-    def lines(folder, steps, start=0, resume=None):
+class Kill(Callback):
+    """Ends the run after a step, of which there is a checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("killed_at", [2, 3, 4])
+def test_a_resumed_run_writes_the_lines_of_one_that_was_never_stopped(tmp_path, killed_at):
+    def train(folder: Path, *others: Callback, start: int = 0, resume: Path | None = None) -> list[dict[str, float]]:
         folder.mkdir(exist_ok=True)
         log = JsonLines(folder / "metrics.jsonl", batch_size=4, steps_per_epoch=10)
         ema, guard = EMA(0.9), Guard(folder / "skipped_steps.jsonl", 3)
         evaluation = Evaluation([], Validation(4), 100, ema, folder, log)  # type: ignore[arg-type]
-        callbacks = [ema, guard, Progress(3, 4, evaluation, "val/loss", guard)]
-        run = trainer(folder, *callbacks, max_steps=6, logger=[log])
+        progress = Progress(3, 4, evaluation, "val/loss", guard)
+        run = trainer(folder, ema, guard, progress, *others, max_steps=6, logger=[log])
         stream = batches(6, start)
-        stream.rows = stream.rows[: steps - start]
-        stream.rows[0]["skipped"] = {"truncated": 1}
+        for row in stream.rows:
+            row["skipped"] = {"truncated": 1}
         run.fit(diffusion_model(), stream, ckpt_path=resume, weights_only=True)
-        run.save_checkpoint(folder / "checkpoint")
         rows = [json.loads(line) for line in log.path.read_text().splitlines()]
         return [{key: row[key] for key in row if key not in ("time", "images_per_second")} for row in rows]
 
     torch.manual_seed(0)
-    whole = lines(tmp_path / "whole", 6)
-    assert [row["step"] for row in whole] == [3, 6]
+    whole = train(tmp_path / "whole")
+    assert [row["step"] for row in whole] == [3, 6] and whole[0]["data/skipped_truncated"] == 3
     torch.manual_seed(0)
-    lines(tmp_path / "again", stopped_at)
-    again = lines(tmp_path / "again", 6, stopped_at, tmp_path / "again" / "checkpoint")
-    assert [row["step"] for row in again] == [3, 6]
-    assert [row["train/loss"] for row in again] == [row["train/loss"] for row in whole]  # to the bit
-    assert sum(row.get("data/skipped_truncated", 0) for row in again) == 2
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "again", Kill(checkpoint, killed_at))
+    assert train(tmp_path / "again", start=killed_at, resume=checkpoint) == whole  # to the bit
 
 
 def test_without_a_terminal_there_are_lines(tmp_path, caplog):

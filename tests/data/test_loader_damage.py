@@ -8,7 +8,7 @@ import torch
 
 from carrara.data.manifest import Manifest
 from carrara.data.reader import Decoding
-from carrara.errors import UserError
+from carrara.errors import MachineError, UserError
 
 
 def captions(batches):
@@ -171,3 +171,25 @@ def test_a_caption_in_the_json_is_read(loader, write_shard, sample, tmp_path):
     manifest = Manifest.load([str(path)], tmp_path / "cache", "TEXT")
     (batch,) = loader(manifest, batch=4, decoding=Decoding(8, "TEXT"))
     assert sorted(batch["captions"]) == [f"text {v}" for v in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that …", "shared memory is full"),
+        ("unable to write to file </torch_7>: No space left on device (28)", "shared memory is full"),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", "data worker is gone"),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed. ",
+            r"pid 7\) is killed by signal: Killed\. Out of mem",
+        ),
+    ],
+)
+def test_a_worker_that_is_gone_is_told_in_one_line(said, told):
+    with pytest.raises(MachineError, match=told), workers_explained():
+        raise RuntimeError(said)
+
+
+def test_other_errors_in_a_worker_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="Original Traceback"), workers_explained():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback …")

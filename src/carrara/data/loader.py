@@ -4,6 +4,7 @@ import itertools
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from webdataset import DataPipeline
 
 from carrara.data.order import Stream, uniforms
 from carrara.data.reader import Samples
-from carrara.errors import UserError
+from carrara.errors import MachineError, UserError
 
 Batch = dict[str, Any]
 Stage = Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]]
@@ -143,6 +144,26 @@ class _Guarded(IterableDataset[Batch | _Failure]):
             yield from self.pipeline
         except UserError as error:
             yield _Failure(str(error))
+
+
+@contextmanager
+def workers_explained() -> Iterator[None]:
+    """Tells in one line that a data worker is gone, as a MachineError.
+
+    Around all of the training: torch raises from a signal handler, wherever the process happens to be, and has no
+    exception of its own for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "shared memory" in text or "Bus error" in text or "No space left on device" in text:
+            reason = "shared memory is full: enlarge /dev/shm (docker: --shm-size), or lower data.num_workers"
+        elif "is killed by signal" in text or "exited unexpectedly" in text:
+            reason = f"a data worker is gone: {text.strip()} Out of memory? Lower data.num_workers"
+        else:
+            raise
+        raise MachineError(reason) from None
 
 
 def _quiet_worker(worker: int) -> None:

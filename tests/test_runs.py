@@ -1,0 +1,179 @@
+"""Runs that are stopped, killed, suspended or spoilt in their middle, in processes of their own."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from carrara.config import compose
+from carrara.launch import launch
+from carrara.run_folder import save_config
+from tests.tiny import equal
+
+CONF = Path(__file__).parents[1] / "conf"
+TINY = [
+    "experiment=ddpm", "part.evaluator=null", "trainer.accelerator=cpu", "trainer.precision=32-true",
+    "data.make.num_train=64", "data.make.num_val=8", "data.make.num_val_seen=4",
+    "size.pixel_unet.channels=[8,8]", "size.pixel_unet.attention=[false,true]", "size.conditioner.width=16",
+    "size.conditioner.depth=1", "size.evaluation.num_images=4", "diffusion.num_steps=1", "trainer.batch_size=6",
+    "trainer.epoch_samples=30", "trainer.max_steps=12", "trainer.log_steps=1", "trainer.timeout_s=15",
+    "logger.wandb.mode=disabled",
+]  # fmt: skip
+"""Epochs of five steps; the stream's own end lies within a batch, 64 being no multiple of 6."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(p) for p in (Path(__file__).parent / "helpers", *_source())))
+
+
+def _source() -> list[Path]:
+    return [Path(__file__).parents[1] / "src"]
+
+
+def new(folder: Path, *overrides: str, harm: list[dict[str, Any]] | None = None) -> Path:
+    """A run's folder, ready to be launched."""
+    folder.mkdir(parents=True)
+    save_config(folder, compose(CONF, "train", [*TINY, *overrides]).config)
+    (folder / "harm.json").write_text(json.dumps(harm or []))
+    return folder
+
+
+def go(folder: Path, devices: int = 1, max_restarts: int = 0) -> int:
+    from carrara.config import build
+    from carrara.run_folder import load_config
+
+    _ = build(load_config(folder)["data"]).fingerprint  # made and scanned once, by one process
+    return launch(folder, devices, module="traced_worker", max_restarts=max_restarts)
+
+
+def trace(folder: Path, rank: int = 0) -> dict[int, list[Any]]:
+    """step -> what was seen; a step made again must be the same again."""
+    steps: dict[int, list[Any]] = {}
+    for line in (folder / f"trace_rank{rank}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        seen = [row["loss"], row["keys"]]
+        assert steps.setdefault(row["step"], seen) == seen
+    return steps
+
+
+def end(folder: Path, rank: int = 0) -> dict[str, Any]:
+    return torch.load(folder / f"end_rank{rank}.pt", weights_only=True)
+
+
+def flat(state: Any, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {key: value for k, part in items for key, value in flat(part, f"{name}/{k}").items()}
+    return {name: torch.tensor(state)} if isinstance(state, int | float) else {}
+
+
+def assert_same(folder: Path, whole: Path, devices: int) -> None:
+    for rank in range(devices):
+        assert trace(folder, rank) == trace(whole, rank)
+        assert equal(flat(end(folder, rank)), flat(end(whole, rank)))
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, whole)]
+    varying = ("time", "images_per_second")
+    told = [[{key: row[key] for key in row if key not in varying} for row in of_run] for of_run in rows]
+    assert told[0] == told[1]
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> dict[int, Path]:
+    """Uninterrupted runs by number of processes, made when they are asked for."""
+    return {}
+
+
+def uninterrupted(whole: dict[int, Path], home: Path, devices: int) -> Path:
+    if devices not in whole:
+        whole[devices] = new(home / f"whole_{devices}", f"trainer.devices={devices}")
+        assert go(whole[devices], devices) == 0
+    return whole[devices]
+
+
+def test_two_ranks_killed_and_started_again_end_as_if_they_had_not_been(whole, home, tmp_path, capfd):
+    """The first time after a checkpoint, the second before the next one: rank 1, then rank 0, by -9."""
+    harm = [{"rank": 1, "step": 7, "what": "kill"}, {"rank": 0, "step": 9, "what": "kill"}]
+    folder = new(tmp_path / "run", "trainer.devices=2", harm=harm)
+    assert go(folder, 2, max_restarts=2) == 0
+    told = capfd.readouterr().err
+    assert told.count("was ended by SIGKILL") == 2
+    assert_same(folder, uninterrupted(whole, home, 2), 2)
+
+
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint_of_the_step(whole, home, tmp_path):
+    folder = new(tmp_path / "run", "trainer.devices=2", harm=[{"rank": 1, "step": 7, "what": "signal"}])
+    assert go(folder, 2, max_restarts=1) == 128 + signal.SIGTERM  # asked for: not started again
+    assert checkpoints(folder) == ["step=00000005.ckpt", "step=00000008.ckpt"]
+    assert go(folder, 2) == 0
+    assert_same(folder, uninterrupted(whole, home, 2), 2)
+
+
+def test_a_loss_that_is_nan_on_one_rank_is_left_out_on_both(tmp_path):
+    folder = new(tmp_path / "run", "trainer.devices=2", harm=[{"rank": 1, "step": 6, "what": "nan"}])
+    assert go(folder, 2) == 0
+    states = [
+        flat({"weights": end(folder, rank)["weights"], "optimizer": end(folder, rank)["optimizer"]}) for rank in (0, 1)
+    ]
+    assert equal(*states) and all(value.isfinite().all() for value in states[0].values())
+    (line,) = [json.loads(line) for line in (folder / "skipped_steps.jsonl").read_text().splitlines()]
+    assert line["step"] == 7 and line["gradient_norm"] == "nan"
+    assert line["keys"] == [trace(folder, rank)[7][1] for rank in (0, 1)] or line["keys"][1] == trace(folder, 1)[7][1]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (seventh,) = [row for row in rows if row["step"] == 7 and "train/learning_rate" in row]
+    assert seventh["train/skipped_steps"] == 1 and seventh["train/loss"] == pytest.approx(
+        float.fromhex(trace(folder, 0)[7][0])
+    )
+
+
+@pytest.mark.parametrize("what", ["raise", "stop"])
+def test_no_rank_is_left_behind(tmp_path, what, capfd):
+    """Rank 1 fails or hangs: both are gone within the time limit of 15 s and 15 more, after their 20 s of starting."""
+    folder = new(tmp_path / "run", "trainer.devices=2", harm=[{"rank": 1, "step": 2, "what": what}])
+    start = time.monotonic()
+    assert go(folder, 2) not in (0, 2)
+    assert time.monotonic() - start < 15 + 15 + 40
+    told = capfd.readouterr().err
+    assert ("ZeroDivisionError: harm" in told) == (what == "raise")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("steps", [[3], [4], [5], [7, 8]], ids=["middle", "last", "first", "twice"])
+def test_a_killed_run_ends_as_if_it_had_not_been(whole, home, tmp_path, workers, steps):
+    streaming = ["data.memory_limit=0", f"data.num_workers={workers}"]
+    if workers + 10 not in whole:
+        whole[workers + 10] = new(home / f"workers_{workers}", *streaming)
+        assert go(whole[workers + 10]) == 0
+    harm = [{"rank": 0, "step": step, "what": "kill"} for step in steps]
+    folder = new(tmp_path / "run", *streaming, "trainer.epoch_samples=12", harm=harm)
+    assert go(folder, max_restarts=len(steps)) == 0
+    assert trace(folder) == trace(whole[workers + 10]) == trace(whole.get(10, whole[workers + 10]))
+    assert equal(flat(end(folder)), flat(end(whole[workers + 10])))
+
+
+def test_a_killed_data_worker_ends_the_run_and_says_so(tmp_path, capfd):
+    streaming = ["data.memory_limit=0", "data.num_workers=2"]
+    folder = new(tmp_path / "run", *streaming, harm=[{"rank": 0, "step": 2, "what": "data_worker"}])
+    start = time.monotonic()
+    assert go(folder) == 1
+    assert time.monotonic() - start < 30 + 40
+    told = capfd.readouterr().err
+    assert "error: a data worker is gone" in told and "data.num_workers" in told and "Traceback" not in told
