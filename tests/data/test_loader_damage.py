@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from carrara.data.loader import workers_explained
 from carrara.data.manifest import Manifest
 from carrara.data.reader import Decoding
 from carrara.errors import MachineError, UserError

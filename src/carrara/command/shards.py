@@ -1,11 +1,14 @@
-"""`python shards.py do=make|inspect`: writes shards, and says what is in them."""
+"""`python shards.py do=make|inspect|doctor`: writes shards, says what is in them, and what is wrong."""
 
 from pathlib import Path
 from typing import Any
 
-from carrara.command_line import quote_free_text, split_flags
+from carrara.command_line import RunFailed, quote_free_text, show_error, split_flags
 from carrara.config import build, compose
+from carrara.data.doctor import examine
 from carrara.data.module import ShardData
+from carrara.data.reader import Decoding
+from carrara.data.source import expand, localize
 from carrara.errors import UserError
 
 NAME = "shards"
@@ -22,9 +25,9 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         print((conf_dir / f"{NAME}.yaml").read_text())
         return
     order = compose(conf_dir, NAME, overrides).config
-    actions = {"make": _make, "inspect": _inspect}
+    actions = {"make": _make, "inspect": _inspect, "doctor": _doctor}
     if order["do"] not in actions:
-        raise UserError(f"do={order['do']} is not known; it is {' or '.join(actions)}")
+        raise UserError(f"do={order['do']} is not known; it is {', '.join(actions)}")
     actions[order["do"]](order)
 
 
@@ -47,3 +50,17 @@ def _inspect(order: dict[str, Any]) -> None:
     print("captions:")
     for caption in data.captions(order["num_captions"]):
         print(f"  {caption}")
+
+
+def _doctor(order: dict[str, Any]) -> None:
+    node = order["data"]
+    decoding = Decoding(node["resolution"], node["caption"], node["crop"], node["flip"], node["max_pixels"])
+    paths = localize(expand(node["urls"]), node["cache_dir"])
+    health = examine(paths, node["cache_dir"], decoding, node["filters"], order["num_processes"])
+    for line in health.lines():
+        print(line)
+    if order["out"] is not None:
+        Path(order["out"]).write_text(health.as_json() + "\n", encoding="utf-8")
+    if health.exceeds(node["max_bad_fraction"]):
+        show_error(UserError(f"more is wrong than data.max_bad_fraction={node['max_bad_fraction']:g} allows"))
+        raise RunFailed(1)

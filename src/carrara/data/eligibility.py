@@ -1,7 +1,7 @@
 """Which samples are fit to train on."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,23 +40,22 @@ def eligible(
     Filters that are null are off. A null or absent value fails its filter (`punsafe_null`). Raises UserError
     for an unknown filter, for a column that no shard has, and if nothing is left.
     """
-    active = {name: limit for name, limit in filters.items() if limit is not None}
-    for name in filters:
-        if name not in FILTERS:
-            raise UserError(f"data.filters.{name} is not known; the filters are {', '.join(FILTERS)}")
-    present: set[str] = set()
-    if active:
-        for shard in range(len(manifest.shards)):
-            present.update(manifest.index(shard).columns)
-    chosen: dict[str, list[str]] = {}
-    for name in active:
-        for names in FILTERS[name].columns:
-            of_data = next((column for column in names if column in present), None)
-            if of_data is None:
-                raise UserError(f"data.filters.{name}: no shard has the column '{names[0]}'; set it to null")
-            chosen.setdefault(name, []).append(of_data)
     reasons: Counter[str] = Counter()
     masks = []
+    for why in judge(manifest, caption, filters):
+        masks.append(why == "")
+        reasons.update(why[why != ""].tolist())
+    mask = np.concatenate(masks)
+    if not mask.any():
+        histogram = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        raise UserError(f"no sample of {len(mask)} passes data.filters: {histogram}")
+    return mask, reasons
+
+
+def judge(manifest: Manifest, caption: str | None, filters: Mapping[str, float | None]) -> Iterator[NDArray[np.str_]]:
+    """Of each shard in turn, why its samples are left out: (n,) the first reason, "" for those that are not."""
+    active = {name: limit for name, limit in filters.items() if limit is not None}
+    chosen = _columns(manifest, filters, active)
     for shard in range(len(manifest.shards)):
         index = manifest.index(shard)
         why = np.full(len(index.keys), "", dtype="U32")
@@ -71,13 +70,26 @@ def eligible(
             value = values[0] if len(values) == 1 else _aspect(*values)
             why[(why == "") & np.isnan(value)] = f"{rule.reason}_null"
             why[(why == "") & ~(rule.sign * value >= rule.sign * active[name])] = rule.reason
-        masks.append(why == "")
-        reasons.update(why[why != ""].tolist())
-    mask = np.concatenate(masks)
-    if not mask.any():
-        histogram = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-        raise UserError(f"no sample of {len(mask)} passes data.filters: {histogram}")
-    return mask, reasons
+        yield why
+
+
+def _columns(manifest: Manifest, filters: Mapping[str, object], active: Mapping[str, float]) -> dict[str, list[str]]:
+    """The columns of the data that each active filter looks at."""
+    for name in filters:
+        if name not in FILTERS:
+            raise UserError(f"data.filters.{name} is not known; the filters are {', '.join(FILTERS)}")
+    present: set[str] = set()
+    if active:
+        for shard in range(len(manifest.shards)):
+            present.update(manifest.index(shard).columns)
+    chosen: dict[str, list[str]] = {}
+    for name in active:
+        for names in FILTERS[name].columns:
+            of_data = next((column for column in names if column in present), None)
+            if of_data is None:
+                raise UserError(f"data.filters.{name}: no shard has the column '{names[0]}'; set it to null")
+            chosen.setdefault(name, []).append(of_data)
+    return chosen
 
 
 def _aspect(width: NDArray[np.float64], height: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -32,7 +32,7 @@ COLUMNS = (  # numbers kept of a sample's JSON, as LAION and img2dataset name th
     "WIDTH", "HEIGHT", "original_width", "original_height", "width", "height",
     "similarity", "punsafe", "pwatermark", "aesthetic",
 )  # fmt: skip
-_VERSION = 1  # of the index files; another number makes them anew
+_VERSION = 2  # of the index files; another number makes them anew
 _SERIAL = 4  # up to so many shards are scanned without other processes
 
 
@@ -97,15 +97,20 @@ def scan(path: str, caption: str | None = ".txt") -> ShardIndex:
 def _group(found: list[Member], problems: list[Problem], data: mmap.mmap, caption: str | None) -> ShardIndex:
     samples: dict[str, list[tuple[int, int]]] = {}
     caption_suffix = caption if caption is not None and caption.startswith(".") else ".txt"
+    last, scattered = None, set()
     for member in found:
         key, part = _split_name(member.name, caption_suffix)
         if part < 0:
             continue
+        if key != last and key in samples:
+            scattered.add(key)
+        last = key
         sample = samples.setdefault(key, [(0, -1)] * 3)
         if sample[part][1] >= 0:
             problems.append(Problem(member.name, "duplicate_key"))
         else:
             sample[part] = (member.offset, member.size)
+    problems += [Problem(key, "unsorted") for key in samples if key in scattered]  # whole here, split by others
     problems += [Problem(key, "no_image") for key, parts in samples.items() if parts[IMAGE][1] < 0]
     samples = {key: parts for key, parts in samples.items() if parts[IMAGE][1] >= 0}
     columns: dict[str, NDArray[np.float64]] = {}
@@ -123,6 +128,8 @@ def _group(found: list[Member], problems: list[Problem], data: mmap.mmap, captio
                 if name not in columns:
                     columns[name] = np.full(len(samples), np.nan)
                 columns[name][row] = _number(facts[name])
+                if facts[name] is not None and not _is_number(facts[name]):
+                    problems.append(Problem(key, f"no_number_{name}"))
         if caption is not None and not caption.startswith("."):
             text = facts.get(caption)
             has_text = isinstance(text, str) and bool(text.strip())
@@ -152,9 +159,16 @@ def _split_name(name: str, caption_suffix: str) -> tuple[str, int]:
     return key, part
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _number(value: object) -> float:
-    """A JSON number; NaN for null, text, true and false."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    """A JSON number; NaN for null, text, true, false and what no float can hold."""
+    try:
+        return float(value) if _is_number(value) else math.nan  # type: ignore[arg-type]
+    except OverflowError:
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -190,26 +204,41 @@ class Manifest:
 
     @classmethod
     def load(cls, paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt") -> "Manifest":
-        """Scan local shards, several at once; what is unchanged since last time is taken from `cache_dir`.
+        """Of local shards; see `scan_all`.
 
         Raises UserError naming the shard that is no tar, has no image, or (with `caption`) no caption.
         """
-        folder = Path(cache_dir) / "index"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.cache_dir: cannot make {folder}: {error.strerror}") from None
-        known = {path: shard for path in paths if (shard := _known(path, folder, caption))}
-        missing = [path for path in paths if path not in known]
-        processes = min(len(os.sched_getaffinity(0)), len(missing))
-        scan_one = partial(_scanned, folder=folder, caption=caption)
-        if len(missing) > _SERIAL and processes > 1:
-            # fork: spawn would import the caller's main module again. The children touch files and numpy only
-            with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
-                known.update(zip(missing, pool.map(scan_one, missing), strict=True))
-        else:
-            known.update(zip(missing, map(scan_one, missing), strict=True))
-        return cls(tuple(known[path] for path in paths))
+        shards = []
+        for shard in scan_all(paths, cache_dir, caption):
+            if isinstance(shard, UserError):
+                raise shard
+            shards.append(shard)
+        return cls(tuple(shards))
+
+
+def scan_all(paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt") -> list[Shard | UserError]:
+    """Scan local shards, several at once; what is unchanged since last time is taken from `cache_dir`.
+
+    In place of a shard that cannot be used stands why.
+    """
+    folder = Path(cache_dir) / "index"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir: cannot make {folder}: {error.strerror}") from None
+    found = {path: _known(path, folder, caption) for path in paths}
+    missing = [path for path, shard in found.items() if shard is None]
+    processes = min(len(os.sched_getaffinity(0)), len(missing))
+    scan_one = partial(_scanned, folder=folder, caption=caption)
+    if len(missing) > _SERIAL and processes > 1:
+        # fork: spawn would import the caller's main module again. The children touch files and numpy only
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+            scanned = list(pool.map(scan_one, missing))
+    else:
+        scanned = list(map(scan_one, missing))
+    known = {path: shard for path, shard in found.items() if shard is not None}
+    known |= dict(zip(missing, scanned, strict=True))
+    return [known[path] for path in paths]
 
 
 def _index_path(path: str, status: os.stat_result, folder: Path, caption: str | None) -> Path:
@@ -217,7 +246,7 @@ def _index_path(path: str, status: os.stat_result, folder: Path, caption: str | 
     return folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
 
 
-def _known(path: str, folder: Path, caption: str | None) -> Shard | None:
+def _known(path: str, folder: Path, caption: str | None) -> Shard | UserError | None:
     """The shard by its index on disk; None if there is none, or a damaged one."""
     try:
         status = os.stat(path)
@@ -228,22 +257,25 @@ def _known(path: str, folder: Path, caption: str | None) -> Shard | None:
     return _shard(path, status, place, index, caption)
 
 
-def _scanned(path: str, folder: Path, caption: str | None) -> Shard:
+def _scanned(path: str, folder: Path, caption: str | None) -> Shard | UserError:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
+        return UserError(f"cannot read the shard {path}: {error.strerror}")
     place = _index_path(path, status, folder, caption)
-    index = scan(path, caption)
+    try:
+        index = scan(path, caption)
+    except UserError as mistake:
+        return mistake
     index.save(place)
     return _shard(path, status, place, index, caption)
 
 
-def _shard(path: str, status: os.stat_result, place: Path, index: ShardIndex, caption: str | None) -> Shard:
+def _shard(path: str, status: os.stat_result, place: Path, index: ShardIndex, caption: str | None) -> Shard | UserError:
     if not len(index.keys):
-        raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); remove it from data.urls")
+        return UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); remove it from data.urls")
     if caption is not None and not (index.members[:, CAPTION, 1] >= 0).any():
-        raise UserError(f"{path} holds no image with a caption ({caption}); set data.caption, or null for none")
+        return UserError(f"{path} holds no image with a caption ({caption}); set data.caption, or null for none")
     return Shard(
         path=path,
         name=os.path.basename(path),

@@ -1,0 +1,194 @@
+"""What is wrong with shards: every sample read as training would, and accounted for."""
+
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carrara.data.decode import DecodeError
+from carrara.data.eligibility import judge
+from carrara.data.manifest import Manifest, Shard, scan_all
+from carrara.data.reader import Decoding, Samples, ShardReader
+from carrara.errors import UserError
+
+_EXAMPLES = 5  # keys told of each reason
+
+
+@dataclass
+class ShardHealth:
+    """One shard. `samples` are all keys that have a picture, a caption or a JSON: ok + the sum of `skipped`.
+
+    Attributes:
+        unusable: why nothing of the shard can be read; "" if it can.
+        skipped: reason -> samples; of several reasons the first.
+        archive: what is wrong with the tar and its members -> how often; it need not cost a sample.
+        examples: reason -> some keys, or places in the tar.
+    """
+
+    path: str
+    unusable: str = ""
+    samples: int = 0
+    ok: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    archive: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Health:
+    """All shards."""
+
+    shards: list[ShardHealth]
+    repeated_keys: int  # that occur in more than one shard; they are told apart here
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def skipped(self) -> Counter[str]:
+        return sum((Counter(shard.skipped) for shard in self.shards), Counter())
+
+    @property
+    def archive(self) -> Counter[str]:
+        return sum((Counter(shard.archive) for shard in self.shards), Counter())
+
+    def exceeds(self, max_bad_fraction: float) -> bool:
+        """Whether a shard is unusable, or more samples than that are skipped."""
+        unusable = any(shard.unusable for shard in self.shards)
+        return unusable or self.skipped.total() > max_bad_fraction * self.samples
+
+    def as_json(self) -> str:
+        """Everything, for programs."""
+        totals = {
+            "samples": self.samples,
+            "ok": sum(shard.ok for shard in self.shards),
+            "skipped": dict(self.skipped),
+            "archive": dict(self.archive),
+            "repeated_keys": self.repeated_keys,
+            "unusable_shards": sum(bool(shard.unusable) for shard in self.shards),
+        }
+        return json.dumps({**totals, "shards": [asdict(shard) for shard in self.shards]}, indent=1)
+
+    def lines(self) -> Iterator[str]:
+        """For people: the shards with something wrong, and the sum."""
+        for shard in self.shards:
+            wrong = {**shard.skipped, **shard.archive}
+            if shard.unusable:
+                yield f"{shard.path}: {shard.unusable}"
+            elif wrong:
+                told = (f"{reason} {n:,} ({', '.join(shard.examples[reason])})" for reason, n in wrong.items())
+                yield f"{shard.path}: {shard.ok:,} of {shard.samples:,} samples can be used; {'; '.join(told)}"
+        skipped = ", ".join(f"{reason} {n:,}" for reason, n in self.skipped.most_common()) or "none"
+        usable = self.samples - self.skipped.total()
+        counts = f"{len(self.shards):,} shards, {self.samples:,} samples"
+        yield f"{counts} = {usable:,} that can be used + skipped: {skipped}"
+        if self.repeated_keys:
+            yield f"{self.repeated_keys:,} keys occur in more than one shard, and are told apart by the shard's name"
+
+
+def examine(
+    paths: Sequence[str],
+    cache_dir: str | Path,
+    decoding: Decoding,
+    filters: Mapping[str, float | None],
+    processes: int | None = None,
+) -> Health:
+    """The health of local shards, every eligible sample decoded, in so many `processes` (default: one a core)."""
+    scanned = scan_all(paths, cache_dir, decoding.caption)
+    manifest = Manifest(tuple(shard for shard in scanned if isinstance(shard, Shard)))
+    work = list(enumerate(judge(manifest, decoding.caption, filters)))
+    usable = iter(_decode_all(manifest, decoding, work, processes))
+    shards = [
+        ShardHealth(path, unusable=str(shard)) if isinstance(shard, UserError) else next(usable)
+        for path, shard in zip(paths, scanned, strict=True)
+    ]
+    return Health(shards, _repeated(manifest))
+
+
+Work = tuple[int, NDArray[np.str_]]  # a shard, and why its samples are left out before they are decoded
+
+
+def _decode_all(
+    manifest: Manifest, decoding: Decoding, work: Sequence[Work], processes: int | None
+) -> list[ShardHealth]:
+    one = partial(_examine_one, manifest, decoding)
+    count = min(processes or len(os.sched_getaffinity(0)), len(work))
+    if count <= 1:
+        return list(map(one, work))
+    results: list[ShardHealth] = []
+    # fork, as in `manifest`; what a library crashes on costs its shard, and no other
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:
+        pending = [pool.submit(one, item) for item in work]
+        for item, future in zip(work, pending, strict=True):
+            try:
+                results.append(future.result())
+            except BrokenProcessPool:
+                results.append(_examine_alone(one, manifest, item))
+    return results
+
+
+def _examine_alone(one: partial[ShardHealth], manifest: Manifest, item: Work) -> ShardHealth:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(one, item).result()
+        except BrokenProcessPool:
+            path = manifest.shards[item[0]].path
+            return ShardHealth(path, unusable="a decoder crashed on it (or was out of memory)")
+
+
+def _examine_one(manifest: Manifest, decoding: Decoding, item: Work) -> ShardHealth:
+    number, why = item
+    shard, index = manifest.shards[number], manifest.index(number)
+    samples = Samples(ShardReader(manifest), decoding)
+    first = int(manifest.starts[number])
+    skipped: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+
+    def skip(reason: str, key: str) -> None:
+        skipped[reason] += 1
+        note(reason, key)
+
+    def note(reason: str, place: str) -> None:
+        if len(examples.setdefault(reason, [])) < _EXAMPLES:
+            examples[reason].append(place)
+
+    archive: Counter[str] = Counter()
+    for problem in index.problems:
+        if problem.reason == "no_image":  # keys without one are not in the index, and are samples all the same
+            skip(problem.reason, problem.place)
+        else:
+            archive[problem.reason] += 1
+            note(problem.reason, problem.place)
+    for row, reason in enumerate(why.tolist()):
+        key = bytes(index.keys[row]).decode("utf-8", "replace")
+        if not reason:
+            try:
+                samples.load(first + row)
+            except DecodeError as error:
+                reason = error.reason
+        if reason:
+            skip(reason, key)
+    total = len(why) + skipped["no_image"]
+    return ShardHealth(shard.path, "", total, total - skipped.total(), dict(skipped), dict(archive), examples)
+
+
+def _repeated(manifest: Manifest) -> int:
+    """Keys that are in more than one shard. (A key occurs once in an index.)"""
+    if not manifest.shards:
+        return 0
+    hashes = [
+        np.fromiter((hash(key) for key in manifest.index(number).keys.tolist()), np.int64)
+        for number in range(len(manifest.shards))
+    ]
+    _, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    return int((counts > 1).sum())
