@@ -13,11 +13,24 @@ from typing import NoReturn
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from carrara.errors import UserError
+from carrara.errors import MachineError, UserError
 from carrara.signals import exit_on_signal
 
 FREE_TEXT = frozenset(
-    {"prompt", "query", "data.urls", "data.val_urls", "image", "images", "mask", "run", "resume", "weak"}
+    {
+        "prompt",
+        "query",
+        "data.urls",
+        "data.val_urls",
+        "image",
+        "images",
+        "mask",
+        "run",
+        "resume",
+        "weak",
+        "runs_dir",
+        "out",
+    }
 )  # and every key below `part.`
 LISTS = frozenset({"prompt", "query", "data.urls", "data.val_urls", "image", "images"})  # `[a,b]` is a list here
 TEXT_ALONE = frozenset({"prompt", "query"})  # here even `null` is a word
@@ -138,7 +151,7 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def cli(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command on `sys.argv` and exits without a traceback.
 
-    The code is 0, 2 for a user's mistake, 128 + n for signal n, or that of a `RunFailed`.
+    The code is 0, 2 for a user's mistake, 1 for a failure of the machine, 128 + n for signal n, or that of a `RunFailed`.
     """
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, exit_on_signal)
@@ -149,6 +162,9 @@ def cli(main: Callable[[list[str]], None]) -> NoReturn:
     except UserError as mistake:
         show_error(mistake)
         code = 2
+    except MachineError as failure:
+        show_error(failure)
+        code = 1
     except RunFailed as failure:
         code = failure.code
     except KeyboardInterrupt:
@@ -156,7 +172,7 @@ def cli(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(code)
 
 
-def show_error(mistake: UserError) -> None:
+def show_error(mistake: UserError | MachineError) -> None:
     """One line on stderr."""
     sys.stderr.write(f"error: {mistake}\n")
     sys.stderr.flush()

@@ -7,15 +7,16 @@ import pytest
 from PIL import Image
 
 from carrara.data import doctor as doctor_module
+from carrara.data.cache import ShardCache
 from carrara.data.doctor import Health, examine
 from carrara.data.reader import Decoding
 from tests.data.conftest import png
 
 
 def look(tmp_path, *paths: Path, caption: str | None = ".txt", filters=None, processes: int = 1, **decoding) -> Health:
-    return examine(
-        [str(p) for p in paths], tmp_path / "cache", Decoding(8, caption, **decoding), filters or {}, processes
-    )
+    cache = ShardCache(tmp_path / "cache", 1e9)
+    names = [str(path) for path in paths]
+    return examine(names, tmp_path / "cache", cache, Decoding(8, caption, **decoding), filters or {}, processes)
 
 
 def check(health: Health) -> None:

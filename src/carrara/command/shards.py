@@ -5,10 +5,12 @@ from typing import Any
 
 from carrara.command_line import RunFailed, quote_free_text, show_error, split_flags
 from carrara.config import build, compose
+from carrara.data.cache import ShardCache
 from carrara.data.doctor import examine
+from carrara.data.manifest import scan_all
 from carrara.data.module import ShardData
 from carrara.data.reader import Decoding
-from carrara.data.source import expand, localize
+from carrara.data.source import expand, unpacked
 from carrara.errors import UserError
 
 NAME = "shards"
@@ -40,6 +42,7 @@ def _make(order: dict[str, Any]) -> None:
 
 
 def _inspect(order: dict[str, Any]) -> None:
+    _scan_remote(order["data"])
     data: ShardData = build({key: value for key, value in order["data"].items() if key not in ("make", "root")})
     for line in data.report():
         print(line)
@@ -52,11 +55,22 @@ def _inspect(order: dict[str, Any]) -> None:
         print(f"  {caption}")
 
 
+def _scan_remote(node: dict[str, Any]) -> None:
+    """Remote shards become known: fetched, scanned, and kept as far as there is room."""
+    cache = ShardCache(node["cache_dir"], node["cache_bytes"])
+    for key in ("urls", "val_urls"):
+        if node[key] is not None:
+            scan_all(
+                unpacked(expand(node[key], f"data.{key}"), node["cache_dir"]), node["cache_dir"], node["caption"], cache
+            )
+
+
 def _doctor(order: dict[str, Any]) -> None:
     node = order["data"]
     decoding = Decoding(node["resolution"], node["caption"], node["crop"], node["flip"], node["max_pixels"])
-    paths = localize(expand(node["urls"]), node["cache_dir"])
-    health = examine(paths, node["cache_dir"], decoding, node["filters"], order["num_processes"])
+    cache = ShardCache(node["cache_dir"], node["cache_bytes"])
+    paths = unpacked(expand(node["urls"]), node["cache_dir"])
+    health = examine(paths, node["cache_dir"], cache, decoding, node["filters"], order["num_processes"])
     for line in health.lines():
         print(line)
     if order["out"] is not None:

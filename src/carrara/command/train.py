@@ -154,8 +154,6 @@ def _show_plan(conf_dir: Path, composed: Composed) -> None:
     node = {**composed.config["data"], "make": None}  # a plan makes nothing
     data: ShardData | UserError
     try:
-        if "://" in str(node.get("urls")):
-            raise UserError("they are remote, and a plan downloads nothing")
         data = build(node)
     except UserError as mistake:
         made = UserError("they are made when training starts") if composed.config["data"].get("make") else None

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from carrara.data.cache import ShardCache
 from carrara.data.decode import DecodeError
 from carrara.data.eligibility import judge
 from carrara.data.manifest import Manifest, Shard, scan_all
@@ -99,15 +100,16 @@ class Health:
 def examine(
     paths: Sequence[str],
     cache_dir: str | Path,
+    cache: ShardCache,
     decoding: Decoding,
     filters: Mapping[str, float | None],
     processes: int | None = None,
 ) -> Health:
-    """The health of local shards, every eligible sample decoded, in so many `processes` (default: one a core)."""
-    scanned = scan_all(paths, cache_dir, decoding.caption)
+    """The health of shards, every eligible sample decoded, in so many `processes` (default: one a core)."""
+    scanned = scan_all(paths, cache_dir, decoding.caption, cache)
     manifest = Manifest(tuple(shard for shard in scanned if isinstance(shard, Shard)))
     work = list(enumerate(judge(manifest, decoding.caption, filters)))
-    usable = iter(_decode_all(manifest, decoding, work, processes))
+    usable = iter(_decode_all(manifest, cache, decoding, work, processes))
     shards = [
         ShardHealth(path, unusable=str(shard)) if isinstance(shard, UserError) else next(usable)
         for path, shard in zip(paths, scanned, strict=True)
@@ -119,9 +121,9 @@ Work = tuple[int, NDArray[np.str_]]  # a shard, and why its samples are left out
 
 
 def _decode_all(
-    manifest: Manifest, decoding: Decoding, work: Sequence[Work], processes: int | None
+    manifest: Manifest, cache: ShardCache, decoding: Decoding, work: Sequence[Work], processes: int | None
 ) -> list[ShardHealth]:
-    one = partial(_examine_one, manifest, decoding)
+    one = partial(_examine_one, manifest, cache, decoding)
     count = min(processes or len(os.sched_getaffinity(0)), len(work))
     if count <= 1:
         return list(map(one, work))
@@ -146,10 +148,10 @@ def _examine_alone(one: partial[ShardHealth], manifest: Manifest, item: Work) ->
             return ShardHealth(path, unusable="a decoder crashed on it (or was out of memory)")
 
 
-def _examine_one(manifest: Manifest, decoding: Decoding, item: Work) -> ShardHealth:
+def _examine_one(manifest: Manifest, cache: ShardCache, decoding: Decoding, item: Work) -> ShardHealth:
     number, why = item
     shard, index = manifest.shards[number], manifest.index(number)
-    samples = Samples(ShardReader(manifest), decoding)
+    samples = Samples(ShardReader(manifest, 1, cache), decoding)
     first = int(manifest.starts[number])
     skipped: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}

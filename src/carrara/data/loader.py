@@ -130,9 +130,9 @@ def collate(samples: Sequence[dict[str, Any]], positions: torch.Tensor) -> Batch
 
 @dataclass
 class _Failure:
-    """A user's mistake found in a worker; torch would wrap it in a traceback."""
+    """What a worker ends with in one line; torch would wrap it in a traceback."""
 
-    message: str
+    error: UserError | MachineError
 
 
 class _Guarded(IterableDataset[Batch | _Failure]):
@@ -142,8 +142,8 @@ class _Guarded(IterableDataset[Batch | _Failure]):
     def __iter__(self) -> Iterator[Batch | _Failure]:
         try:
             yield from self.pipeline
-        except UserError as error:
-            yield _Failure(str(error))
+        except (UserError, MachineError) as error:
+            yield _Failure(error)
 
 
 @contextmanager
@@ -227,7 +227,7 @@ class Loader:
                 self._batches = self._start()
             batch = next(self._batches)
             if isinstance(batch, _Failure):
-                raise UserError(batch.message)
+                raise batch.error
             self._judge(batch)
             self._given += 1
             yield batch

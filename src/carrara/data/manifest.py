@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from carrara.data.cache import ShardCache, is_remote, size_of
 from carrara.data.tar_walk import Member, Problem, walk
 from carrara.errors import UserError
 
@@ -43,13 +44,16 @@ class ShardIndex:
 
     keys: (n,) UTF-8 bytes. members: (n, 3, 2) int64, [IMAGE | CAPTION | JSON] -> offset, size; size -1 where
     there is none. columns: those of COLUMNS that occur, (n,) float64, NaN where null or absent. problems:
-    what is wrong with members and samples that are not here or not whole.
+    what is wrong with members and samples that are not here or not whole. bytes, sha256: of a remote shard as it was
+    when it was scanned.
     """
 
     keys: NDArray[np.bytes_]
     members: NDArray[np.int64]
     columns: dict[str, NDArray[np.float64]]
     problems: list[Problem]
+    bytes: int = 0
+    sha256: str = ""
 
     def save(self, path: Path) -> None:
         """Atomically."""
@@ -62,6 +66,7 @@ class ShardIndex:
                     names=np.array(list(self.columns), dtype=np.str_),
                     values=np.array(list(self.columns.values()), dtype=np.float64),
                     problems=np.array(self.problems, dtype=np.str_).reshape(-1, 2),
+                    remote=np.array([str(self.bytes), self.sha256], dtype=np.str_),
                 )
                 os.replace(file.name, path)
             except BaseException:
@@ -76,6 +81,8 @@ class ShardIndex:
                 members=arrays["members"],
                 columns=dict(zip(arrays["names"].tolist(), arrays["values"], strict=True)),
                 problems=[Problem(*row) for row in arrays["problems"].tolist()],
+                bytes=int(arrays["remote"][0]),
+                sha256=str(arrays["remote"][1]),
             )
 
 
@@ -175,10 +182,11 @@ def _number(value: object) -> float:
 class Shard:
     """What is kept in memory of a shard, whatever its size."""
 
-    path: str
+    path: str  # or address
     name: str
     bytes: int
-    mtime_ns: int
+    mtime_ns: int | None  # None of a remote one
+    sha256: str  # of a remote one
     index_path: str
     num_samples: int
     digest: str  # of keys, offsets and sizes: the shard's content as far as a scan sees it
@@ -204,22 +212,39 @@ class Manifest:
 
     @classmethod
     def load(cls, paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt") -> "Manifest":
-        """Of local shards; see `scan_all`.
+        """Of local shards, scanned where they are new, and of remote ones that were; see `scan_all`.
 
-        Raises UserError naming the shard that is no tar, has no image, or (with `caption`) no caption.
+        Raises UserError naming the shard that is no tar, has no image, or (with `caption`) no caption; or the command
+        that scans the remote ones.
         """
+        found = scan_all(paths, cache_dir, caption)
+        absent = [path for path, shard in zip(paths, found, strict=True) if shard is None]
+        if absent:
+            some = [size for url in absent[:4] if (size := size_of(url)) is not None]
+            amount = f", about {len(absent) * sum(some) / len(some) / 1e9:,.2f} GB," if some else ""
+            count = f"{len(absent):,} of {len(paths):,}"
+            raise UserError(
+                f"{count} shards are remote and not known yet ({absent[0]}): python shards.py "
+                f"do=inspect with the same data.… reads them{amount} once, and can be stopped and started again"
+            )
         shards = []
-        for shard in scan_all(paths, cache_dir, caption):
+        for shard in found:
             if isinstance(shard, UserError):
                 raise shard
+            assert shard is not None
             shards.append(shard)
         return cls(tuple(shards))
 
 
-def scan_all(paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt") -> list[Shard | UserError]:
-    """Scan local shards, several at once; what is unchanged since last time is taken from `cache_dir`.
+Scanned = Shard | UserError | None  # why a shard cannot be used; None of a remote one that is not known yet
 
-    In place of a shard that cannot be used stands why.
+
+def scan_all(
+    paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt", cache: ShardCache | None = None
+) -> list[Scanned]:
+    """Scan shards, several at once; what is unchanged since last time is taken from `cache_dir`.
+
+    Remote ones are fetched only with a `cache`, and once they are known never looked at again.
     """
     folder = Path(cache_dir) / "index"
     try:
@@ -227,29 +252,29 @@ def scan_all(paths: Sequence[str], cache_dir: str | Path, caption: str | None = 
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot make {folder}: {error.strerror}") from None
     found = {path: _known(path, folder, caption) for path in paths}
-    missing = [path for path, shard in found.items() if shard is None]
+    missing = [path for path, shard in found.items() if shard is None and (cache is not None or not is_remote(path))]
     processes = min(len(os.sched_getaffinity(0)), len(missing))
-    scan_one = partial(_scanned, folder=folder, caption=caption)
+    scan_one = partial(_scanned, folder=folder, caption=caption, cache=cache)
     if len(missing) > _SERIAL and processes > 1:
         # fork: spawn would import the caller's main module again. The children touch files and numpy only
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
             scanned = list(pool.map(scan_one, missing))
     else:
         scanned = list(map(scan_one, missing))
-    known = {path: shard for path, shard in found.items() if shard is not None}
-    known |= dict(zip(missing, scanned, strict=True))
-    return [known[path] for path in paths]
+    found |= dict(zip(missing, scanned, strict=True))
+    return [found[path] for path in paths]
 
 
-def _index_path(path: str, status: os.stat_result, folder: Path, caption: str | None) -> Path:
-    content = json.dumps([_VERSION, os.path.realpath(path), status.st_size, status.st_mtime_ns, caption])
+def _index_path(path: str, status: os.stat_result | None, folder: Path, caption: str | None) -> Path:
+    version = [path] if status is None else [os.path.realpath(path), status.st_size, status.st_mtime_ns]
+    content = json.dumps([_VERSION, *version, caption])
     return folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
 
 
-def _known(path: str, folder: Path, caption: str | None) -> Shard | UserError | None:
+def _known(path: str, folder: Path, caption: str | None) -> Scanned:
     """The shard by its index on disk; None if there is none, or a damaged one."""
     try:
-        status = os.stat(path)
+        status = None if is_remote(path) else os.stat(path)
         place = _index_path(path, status, folder, caption)
         index = ShardIndex.load(place)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
@@ -257,30 +282,38 @@ def _known(path: str, folder: Path, caption: str | None) -> Shard | UserError | 
     return _shard(path, status, place, index, caption)
 
 
-def _scanned(path: str, folder: Path, caption: str | None) -> Shard | UserError:
+def _scanned(path: str, folder: Path, caption: str | None, cache: ShardCache | None) -> Shard | UserError:
     try:
-        status = os.stat(path)
+        if cache is not None and is_remote(path):
+            status, copy = None, cache.local(path)
+            with copy.open("rb") as file:  # before it is scanned: another process may make room of it
+                index = scan(str(copy), caption)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                index = replace(index, bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+        else:
+            status, index = os.stat(path), scan(path, caption)
     except OSError as error:
         return UserError(f"cannot read the shard {path}: {error.strerror}")
-    place = _index_path(path, status, folder, caption)
-    try:
-        index = scan(path, caption)
     except UserError as mistake:
         return mistake
+    place = _index_path(path, status, folder, caption)
     index.save(place)
     return _shard(path, status, place, index, caption)
 
 
-def _shard(path: str, status: os.stat_result, place: Path, index: ShardIndex, caption: str | None) -> Shard | UserError:
+def _shard(
+    path: str, status: os.stat_result | None, place: Path, index: ShardIndex, caption: str | None
+) -> Shard | UserError:
     if not len(index.keys):
         return UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); remove it from data.urls")
     if caption is not None and not (index.members[:, CAPTION, 1] >= 0).any():
         return UserError(f"{path} holds no image with a caption ({caption}); set data.caption, or null for none")
     return Shard(
         path=path,
-        name=os.path.basename(path),
-        bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
+        name=os.path.basename(path.partition("?")[0]) if status is None else os.path.basename(path),
+        bytes=index.bytes if status is None else status.st_size,
+        mtime_ns=None if status is None else status.st_mtime_ns,
+        sha256=index.sha256,
         index_path=str(place),
         num_samples=len(index.keys),
         digest=hashlib.sha256(index.keys.tobytes() + index.members.tobytes()).hexdigest()[:16],

@@ -5,21 +5,25 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from carrara.data.cache import ShardCache
 from carrara.data.decode import Crop
 from carrara.data.eligibility import eligible
 from carrara.data.loader import Loader, Share, Stage
 from carrara.data.manifest import Manifest
 from carrara.data.order import Stream
 from carrara.data.reader import Decoding, Samples, ShardReader
-from carrara.data.source import expand, localize
+from carrara.data.source import expand, unpacked
 from carrara.data.validation import ValidationSet, hash_order, split_validation
 from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
+_CAPTION_SHARDS = 64  # are enough for a vocabulary, and a remote set is not fetched for it
 
 Check = Callable[[Sequence[str], Tensor], Sequence[Mapping[str, bool | None]]]  # (captions, uint8 images) -> answers
 
@@ -49,6 +53,7 @@ class ShardData:
         num_workers: int = 0,
         memory_limit: int = 512_000_000,
         max_bad_fraction: float = 0.1,
+        cache_bytes: float = 100e9,
         stages: Sequence[Stage] = (),
         prompt_check: Check | None = None,
     ) -> None:
@@ -70,6 +75,7 @@ class ShardData:
             memory_limit: bytes; a set that needs no more when decoded is kept in memory (of each rank), and
             no
                 workers are started. Not with crop=random.
+            cache_bytes: copies of remote shards are kept up to so many.
             max_bad_fraction: more samples that cannot be decoded stop the run.
             stages: between decoding and batching, see `loader.Decode`.
             prompt_check: says whether a picture shows what its caption says, where that is a fact.
@@ -85,14 +91,14 @@ class ShardData:
         self.filters = {key: value for key, value in (filters or {}).items() if value is not None}
         self.decoding = Decoding(resolution, caption, crop, flip, max_pixels)
 
-        self.manifest = Manifest.load(localize(expand(urls), cache_dir), cache_dir, caption)
+        self.manifest = Manifest.load(unpacked(expand(urls), cache_dir), cache_dir, caption)
         self.eligible, self.reasons = eligible(self.manifest, caption, filters or {})
         if val_urls is None:
             count = min(5000, int(self.eligible.sum()) // 20) if val_samples is None else val_samples
             self.val_manifest = self.manifest
             self.train, val_ids = split_validation(self.manifest, self.eligible, count)
         else:
-            val_paths = localize(expand(val_urls, "data.val_urls"), cache_dir)
+            val_paths = unpacked(expand(val_urls, "data.val_urls"), cache_dir)
             self.val_manifest = Manifest.load(val_paths, cache_dir, caption)
             val_eligible, _ = eligible(self.val_manifest, caption, filters or {})
             self.train, val_ids = self.eligible, hash_order(self.val_manifest, val_eligible, val_samples)
@@ -101,11 +107,12 @@ class ShardData:
             return 3 * resolution**2 * count <= memory_limit
 
         open_shards = min(256, 2 * shuffle_window)
+        cache = ShardCache(cache_dir, cache_bytes)
         self.num_train = int(self.train.sum())
         self.in_memory = fits(self.num_train) and crop != "random"
-        self._samples = Samples(ShardReader(self.manifest, open_shards), self.decoding, keep=self.in_memory)
+        self._samples = Samples(ShardReader(self.manifest, open_shards, cache), self.decoding, keep=self.in_memory)
         as_scored = Decoding(resolution, caption, "none" if crop == "none" else "center", max_pixels=max_pixels)
-        val_reader = ShardReader(self.val_manifest, open_shards)
+        val_reader = ShardReader(self.val_manifest, open_shards, cache)
         self.validation = ValidationSet(Samples(val_reader, as_scored, keep=fits(len(val_ids))), val_ids)
 
     def train_loader(
@@ -134,10 +141,15 @@ class ShardData:
         )
 
     def captions(self, limit: int | None = None) -> Iterator[str]:
-        """Captions of the training samples in the shards' order; of more than `limit`, evenly spread ones."""
-        ids = np.flatnonzero(self.train)
+        """Captions of training samples, of 64 shards at most, in their order; of more than `limit`, evenly spread."""
+        train = self.train.copy()
+        starts = self.manifest.starts.tolist()
+        kept = set(spread(len(self.manifest.shards), _CAPTION_SHARDS).tolist())
+        for shard, (start, stop) in enumerate(pairwise(starts)):
+            train[start:stop] &= shard in kept
+        ids = np.flatnonzero(train)
         if limit is not None and limit < len(ids):
-            ids = ids[np.arange(limit) * len(ids) // limit]
+            ids = ids[spread(len(ids), limit)]
         return map(self._samples.caption, ids.tolist())
 
     @property
@@ -184,3 +196,8 @@ class ShardData:
             if counts:
                 lines.append(f"{title}: " + ", ".join(f"{reason} {n:,}" for reason, n in counts.most_common()))
         return lines
+
+
+def spread(count: int, limit: int) -> NDArray[np.int64]:
+    """Up to `limit` of the numbers 0 … count − 1, evenly spread."""
+    return np.arange(count) if count <= limit else np.arange(limit) * count // limit

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from carrara.data.cache import ShardCache
 from carrara.data.decode import Crop, DecodeError, decode_caption, decode_image
-from carrara.data.manifest import CAPTION, IMAGE, JSON, Manifest
+from carrara.data.manifest import CAPTION, IMAGE, JSON, Manifest, Shard
 from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
+_READ = os.O_RDONLY | os.O_CLOEXEC
 TRIES = 16  # samples tried for one place in the stream
 
 
@@ -52,8 +54,9 @@ class ShardReader:
     where a mapping would be a SIGBUS that kills the worker without a word.
     """
 
-    def __init__(self, manifest: Manifest, capacity: int = 32) -> None:
-        self.manifest, self.capacity = manifest, capacity
+    def __init__(self, manifest: Manifest, capacity: int = 32, cache: ShardCache | None = None) -> None:
+        """`cache`: where remote shards are opened from."""
+        self.manifest, self.capacity, self.cache = manifest, capacity, cache
         self._starts = manifest.starts
         self._open: OrderedDict[int, _Open] = OrderedDict()
 
@@ -92,12 +95,9 @@ class ShardReader:
             self._open.move_to_end(number)
             return self._open[number]
         shard = self.manifest.shards[number]
-        try:
-            file = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UserError(f"cannot read the shard {shard.path}: {error.strerror}") from None
+        file = self._file(shard)
         status = os.fstat(file)
-        if (status.st_size, status.st_mtime_ns) != (shard.bytes, shard.mtime_ns):
+        if status.st_size != shard.bytes or shard.mtime_ns not in (None, status.st_mtime_ns):
             os.close(file)
             raise UserError(f"the shard {shard.path} has changed since the run began; start again")
         index = self.manifest.index(number)
@@ -105,6 +105,19 @@ class ShardReader:
         if len(self._open) > self.capacity:
             os.close(self._open.popitem(last=False)[1].file)
         return self._open[number]
+
+    def _file(self, shard: Shard) -> int:
+        try:
+            if shard.mtime_ns is not None:
+                return os.open(shard.path, _READ)
+            assert self.cache is not None
+            while True:
+                try:
+                    return os.open(self.cache.local(shard.path, shard.bytes, shard.sha256), _READ)
+                except FileNotFoundError:  # another process made room of it in this very moment
+                    continue
+        except OSError as error:
+            raise UserError(f"cannot read the shard {shard.path}: {error.strerror}") from None
 
 
 class Samples:

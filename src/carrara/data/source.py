@@ -1,4 +1,4 @@
-"""Which shards a data spec means, as files on this machine."""
+"""Which shards a data spec means, and as what files."""
 
 import glob
 import gzip
@@ -7,15 +7,15 @@ import logging
 import os
 import shutil
 import tempfile
-import urllib.request
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, cast
 
 import webdataset.utils
 from webdataset.shardlists import expand_urls
 
+from carrara.data.cache import REMOTE, is_remote
 from carrara.errors import UserError
 
 webdataset.utils.enforce_security = True  # as WDS_SECURE does, where webdataset was imported before us
@@ -25,11 +25,11 @@ _CHUNK = 1 << 20
 
 
 def expand(urls: str | Sequence[str], name: str = "data.urls") -> list[str]:
-    """Paths and http(s) addresses of the shards, in the order given, each once.
+    """Paths and addresses of the shards, in the order given, each once.
 
     `urls` is a path, a glob, a brace spec as `webdataset` knows it, a folder (its *.tar), `[a,b]`, or a list
     of these. `name` is the config key for messages. Raises UserError naming the pattern that matches nothing,
-    the file that is missing, or an address that is neither a file nor http(s).
+    the file that is missing, or an address of another kind than `cache.REMOTE`.
     """
     specs = _split(urls) if isinstance(urls, str) else list(urls)
     if not specs:
@@ -62,13 +62,13 @@ def _expand_one(spec: str, name: str) -> list[str]:
     found: list[str] = []
     for url in expand_urls(spec):
         scheme, colon, rest = url.partition(":")
-        if colon and scheme in ("http", "https"):
+        if is_remote(url):
             found.append(url)
             continue
         if colon and scheme == "file":
             url = rest.removeprefix("//")
         elif colon and scheme.isalnum() and not os.path.exists(url):
-            raise UserError(f"{name}: '{scheme}:' is not read ({url}); use files or http(s) addresses")
+            raise UserError(f"{name}: '{scheme}:' is not read ({url}); use files, or {', '.join(REMOTE)} addresses")
         if os.path.isdir(url):
             url = os.path.join(glob.escape(url), "*.tar")
         if os.path.isfile(url):
@@ -83,45 +83,35 @@ def _expand_one(spec: str, name: str) -> list[str]:
     return found
 
 
-def localize(urls: Sequence[str], cache_dir: str | Path) -> list[str]:
-    """Files to read for the expanded `urls`: themselves, or whole copies in `cache_dir` of what is remote or
-    gzipped.
+def unpacked(paths: Sequence[str], cache_dir: str | Path) -> list[str]:
+    """The shards as plain tar files: themselves, or copies in `cache_dir` of local ones that are gzipped.
 
     A copy appears complete or not at all and keeps the shard's name. Raises UserError naming what fails.
     """
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda url: _localize_one(url, Path(cache_dir) / "shards"), urls))
+        folder = Path(cache_dir) / "unpacked"
+        return list(pool.map(lambda path: path if is_remote(path) else _unpacked(path, folder), paths))
 
 
-def _localize_one(url: str, folder: Path) -> str:
+def _unpacked(path: str, folder: Path) -> str:
     try:
-        if url.startswith(("http:", "https:")):
-            return _copy(url, url, folder, lambda: urllib.request.urlopen(url, timeout=60))
-        with open(url, "rb") as file:
+        with open(path, "rb") as file:
             if file.read(2) != _GZIP:
-                return url
-        status = os.stat(url)
-        content = f"{os.path.realpath(url)} {status.st_size} {status.st_mtime_ns}"
-        return _copy(url, content, folder, lambda: cast(IO[bytes], gzip.open(url)))
-    except (OSError, EOFError) as error:
-        raise UserError(f"cannot read the shard {url}: {error}") from None
-
-
-def _copy(url: str, content: str, folder: Path, opened: Callable[[], IO[bytes]]) -> str:
-    """The whole stream in `folder`, kept under a hash of `content`, which tells what it is a copy of."""
-    target = folder / hashlib.sha256(content.encode()).hexdigest()[:16] / os.path.basename(url.partition("?")[0])
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
-            try:
-                with opened() as stream:
-                    shutil.copyfileobj(stream, partial, _CHUNK)
-                    expected = getattr(stream, "length", 0)  # what http.client still expects: a connection cut short
-                if expected:
-                    raise OSError(f"{expected} bytes are missing")
-                os.replace(partial.name, target)
-            except BaseException:
-                os.unlink(partial.name)
-                raise
-        _log.info("copied %s to %s", url, target)
-    return str(target)
+                return path
+        status = os.stat(path)
+        content = f"{os.path.realpath(path)} {status.st_size} {status.st_mtime_ns}"
+        target = folder / hashlib.sha256(content.encode()).hexdigest()[:16] / os.path.basename(path)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
+                try:
+                    with gzip.open(path) as stream:
+                        shutil.copyfileobj(stream, partial, _CHUNK)
+                    os.replace(partial.name, target)
+                except BaseException:
+                    os.unlink(partial.name)
+                    raise
+            _log.info("unpacked %s to %s", path, target)
+        return str(target)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read the shard {path}: {error}") from None

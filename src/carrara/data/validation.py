@@ -15,23 +15,38 @@ from carrara.data.manifest import Manifest
 from carrara.data.reader import TRIES, Samples
 from carrara.errors import UserError
 
+_FEW = 64  # shards
+
 
 def hash_order(manifest: Manifest, eligible: NDArray[np.bool_], count: int | None = None) -> NDArray[np.int64]:
     """The eligible ids by a hash of (shard's name, key): the first `count` are a fixed random choice.
 
-    It depends on neither the folder nor what other shards there are, so a sample keeps its place.
+    It depends on neither the folder nor what other shards there are, so a sample keeps its place. Of many shards a
+    `count` is taken from as many as hold four times as much, but at least 64: each must be opened for it.
     """
+    shards = range(len(manifest.shards)) if count is None else _few(manifest, eligible, 4 * count)
     best = np.empty(0, dtype=np.int64)
     hashes = np.empty(0, dtype=np.uint64)
-    for shard, start in enumerate(manifest.starts[:-1].tolist()):
+    starts = manifest.starts.tolist()
+    for shard in shards:
+        start = starts[shard]
         rows = np.flatnonzero(eligible[start : start + manifest.shards[shard].num_samples])
         keys = manifest.index(shard).keys[rows]
         best = np.concatenate([best, start + rows])
         hashes = np.concatenate([hashes, _hash(keys, manifest.shards[shard].name)])
-        order = np.argsort(hashes, kind="stable")[:count]
-        if count is not None or shard == len(manifest.shards) - 1:
+        if count is not None:
+            order = np.argsort(hashes, kind="stable")[:count]
             best, hashes = best[order], hashes[order]
-    return best
+    return best[np.argsort(hashes, kind="stable")]
+
+
+def _few(manifest: Manifest, eligible: NDArray[np.bool_], count: int) -> list[int]:
+    """The shards, by a hash of their names, that hold so many eligible samples; all, or 64 at least."""
+    names = [hashlib.sha256(shard.name.encode("utf-8", "surrogateescape")).digest() for shard in manifest.shards]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    starts = manifest.starts.tolist()
+    held = np.cumsum([np.count_nonzero(eligible[starts[shard] : starts[shard + 1]]) for shard in order])
+    return sorted(order[: max(_FEW, int(np.searchsorted(held, count)) + 1)])
 
 
 def _hash(keys: NDArray[np.bytes_], salt: str) -> NDArray[np.uint64]:
