@@ -154,6 +154,19 @@ def test_no_rank_is_left_behind(tmp_path, what, capfd):
     assert ("ZeroDivisionError: harm" in told) == (what == "raise")
 
 
+def test_a_key_in_the_environment_is_in_no_file(tmp_path, monkeypatch):
+    """W&B offline, with its own folder, checkpoints, logs and the report."""
+    monkeypatch.setenv("WANDB_API_KEY", "5ec2e7" + "0" * 34)
+    monkeypatch.setenv("HF_TOKEN", "hf_5ec2e7")
+    folder = new(tmp_path / "run", "logger.wandb.mode=offline", "trainer.max_steps=3")
+    assert go(folder) == 0
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any("wandb" in path.parts for path in files) and any(path.suffix == ".ckpt" for path in files)
+    for path in files:
+        assert b"5ec2e7" not in path.read_bytes(), path
+    assert any(b"offline" in path.read_bytes() for path in files)  # the control: it does look
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("steps", [[3], [4], [5], [7, 8]], ids=["middle", "last", "first", "twice"])

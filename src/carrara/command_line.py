@@ -14,7 +14,7 @@ from typing import NoReturn
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from carrara.errors import MachineError, UserError
-from carrara.signals import exit_on_signal
+from carrara.signals import SIGNALS, exit_on_signal
 
 FREE_TEXT = frozenset(
     {
@@ -151,9 +151,9 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def cli(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command on `sys.argv` and exits without a traceback.
 
-    The code is 0, 2 for a user's mistake, 1 for a failure of the machine, 128 + n for signal n, or that of a `RunFailed`.
+    The code is 0, 2 for a user's mistake, 1 for a `MachineError`, 128 + n for signal n, or that of a `RunFailed`.
     """
-    for signum in (signal.SIGTERM, signal.SIGHUP):
+    for signum in SIGNALS:
         signal.signal(signum, exit_on_signal)
     show_log()
     code = 0
@@ -167,8 +167,6 @@ def cli(main: Callable[[list[str]], None]) -> NoReturn:
         code = 1
     except RunFailed as failure:
         code = failure.code
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
     sys.exit(code)
 
 

@@ -72,6 +72,8 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         (out / f"{k:04d}.txt").write_text(captions[k] + "\n", encoding="utf-8")
     columns = order["count"] if len(prompts) > 1 else min(8, order["count"])
     save_grid(out / "grid.png", images, columns, [{"caption": caption, "correct": None} for caption in captions])
+    if source is not None:
+        watch.frames[-1] = source.paste(watch.frames[-1])  # the last is the picture
     frames = torch.stack([to_uint8(frame) for frame in watch.frames])
     save_strip(out / "strip.png", frames, captions[:_STRIP_ROWS], watch.times)
     _log.info("%d pictures, grid.png and strip.png in %s", len(images), out)

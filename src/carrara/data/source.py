@@ -63,6 +63,10 @@ def _expand_one(spec: str, name: str) -> list[str]:
     for url in expand_urls(spec):
         scheme, colon, rest = url.partition(":")
         if is_remote(url):
+            if "@" in url.partition("://")[2].partition("/")[0]:
+                raise UserError(
+                    f"{name}: an address is written into run folders and must hold no password: use ~/.netrc"
+                )
             found.append(url)
             continue
         if colon and scheme == "file":
