@@ -11,6 +11,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.build import ARCHITECTURES, read_language_model
 from carrara.conditioner.base import Conditioner
 from carrara.config import Config, build
+from carrara.data.buckets import bucket_sizes
 from carrara.errors import UserError
 from carrara.network.conditioning import Conditioning
 
@@ -50,20 +51,33 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     if network is None:
         return
     assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
-    shape, width = autoencoder.latent_shape(config["data"]["resolution"]), conditioner.width
+    data, width = config["data"], conditioner.width
+    for height_px, width_px in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):
+        shape = autoencoder.latent_shape(height_px, width_px)
+        problem = _problem(network, shape, width)
+        if problem is None:
+            continue
+        if height_px == width_px:
+            raise UserError(
+                f"network: it does not fit latents of {shape} and captions of width {width} ({problem}); its "
+                "in_channels, resolution, context_width and pooled_width follow from them and need not be given"
+            )
+        raise UserError(
+            f"data.bucket_aspect: the network does not fit pictures of {height_px} × {width_px} ({problem}); take a "
+            "larger data.bucket_multiple, or networks without learned positions"
+        )
+
+
+def _problem(network: nn.Module, shape: tuple[int, ...], width: int) -> str | None:
+    """Why it does not answer latents of this shape, told with captions of this width, with as much."""
     with torch.device("meta"):
         mask = torch.ones(1, 2, dtype=torch.bool)
         conditioning = Conditioning(torch.empty(1, 2, width), mask, torch.empty(1, width))
         try:
             answer = tuple(network(torch.empty(1, *shape), torch.empty(1), conditioning).shape[1:])
-            problem = None if answer == shape else f"it answers with {answer}"
         except (RuntimeError, ValueError) as mistake:
-            problem = str(mistake).partition("\n")[0].rstrip(".")
-    if problem is not None:
-        raise UserError(
-            f"network: it does not fit latents of {shape} and captions of width {width} ({problem}); its in_channels, "
-            "resolution, context_width and pooled_width follow from them and need not be given"
-        )
+            return str(mistake).partition("\n")[0].rstrip(".")
+    return None if answer == shape else f"it answers with {answer}"
 
 
 def optimizer_bytes(model: nn.Module) -> int:

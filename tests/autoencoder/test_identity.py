@@ -9,7 +9,7 @@ def test_pictures_are_their_own_latents():
     assert torch.equal(autoencoder.encode(images), images)
     assert torch.equal(autoencoder.encode(images, torch.randn_like(images)), images)  # the posterior has no width
     assert torch.equal(autoencoder.decode(images), images)
-    assert autoencoder.latent_shape(8) == (3, 8, 8)
+    assert autoencoder.latent_shape(8, 8) == (3, 8, 8)
     assert not list(autoencoder.parameters())
 
 

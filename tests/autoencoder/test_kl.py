@@ -22,7 +22,7 @@ def test_images_become_latents_and_come_back(channels, patch, downsampling):
     autoencoder = kl(channels=channels, patch=patch, downsampling=downsampling)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     z = autoencoder.encode(images)
-    assert z.shape == (2, *autoencoder.latent_shape(32)) == (2, 4, 32 // downsampling, 32 // downsampling)
+    assert z.shape == (2, *autoencoder.latent_shape(32, 32)) == (2, 4, 32 // downsampling, 32 // downsampling)
     assert autoencoder.decode(z).shape == images.shape
 
 

@@ -50,6 +50,6 @@ class Autoencoder(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """Shape of one picture's latent."""
-        return self.latent_channels, resolution // self.downsampling, resolution // self.downsampling
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Of the latents (C, h, w) of pictures (3, height, width)."""
+        return self.latent_channels, height // self.downsampling, width // self.downsampling

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import aiohttp
 import fsspec
@@ -42,6 +42,14 @@ class ShardCache:
         """Where its copy is, or would be."""
         name = os.path.basename(url.partition("?")[0]) or "shard"
         return self.folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+
+    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> BinaryIO:
+        """Its copy, opened, from which others that make room cannot take it; see `local`."""
+        while True:
+            try:
+                return self.local(url, size, sha256).open("rb")
+            except FileNotFoundError:  # gone in this very moment
+                continue
 
     def local(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
         """A copy to open, fetched if it is not there.

@@ -26,6 +26,14 @@ _TRANSPOSE: dict[object, Image.Transpose] = {
 }
 
 
+_SWAPPING = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+
+
 class DecodeError(Exception):
     """A sample that cannot be used; `reason` is one word for the counts."""
 
@@ -36,25 +44,36 @@ class DecodeError(Exception):
 
 def decode_image(
     data: bytes,
-    resolution: int,
+    size: int | tuple[int, int],
     crop: Crop = "center",
     u: Sequence[float] = (0.5, 0.5),
     max_pixels: int = 64_000_000,
 ) -> NDArray[np.uint8]:
-    """JPEG, PNG or WebP to (3, R, R) uint8 RGB.
+    """JPEG, PNG or WebP to (3, H, W) uint8 RGB, where `size` is (H, W), or R for a square.
 
-    The largest square, at the centre or where `u` (horizontal, vertical in [0, 1)) says, is resized to R with
-    antialiased bicubic; `none` squeezes the whole picture. A square of R pixels is copied. EXIF rotation is
+    The largest part of that shape, at the centre or where `u` (horizontal, vertical in [0, 1)) says, is resized
+    with antialiased bicubic; `none` squeezes the whole picture. A picture of that size is copied. EXIF rotation is
     applied, 16-bit grey scaled, transparency laid on white. JPEGs are shrunk by 2, 4 or 8 while they are
-    decoded, as long as R pixels remain. Of animations the first picture is taken.
+    decoded, as long as H and W pixels remain. Of animations the first picture is taken.
 
     Raises DecodeError: not_an_image, broken_image, too_many_pixels (by the header, before decoding).
     """
     with warnings.catch_warnings(action="ignore"):  # Pillow's, on bombs and damaged EXIF blocks
-        return _decode(data, resolution, crop, u, max_pixels)
+        return _decode(data, (size, size) if isinstance(size, int) else size, crop, u, max_pixels)
 
 
-def _decode(data: bytes, resolution: int, crop: Crop, u: Sequence[float], max_pixels: int) -> NDArray[np.uint8]:
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Height and width as a viewer shows it, by the header alone; (0, 0) of what is no picture."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            turned = _orientation(image) in _SWAPPING
+    except Exception:  # as below: Pillow's parsers raise what they like
+        return 0, 0
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _decode(data: bytes, target: tuple[int, int], crop: Crop, u: Sequence[float], max_pixels: int) -> NDArray[np.uint8]:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
@@ -67,8 +86,9 @@ def _decode(data: bytes, resolution: int, crop: Crop, u: Sequence[float], max_pi
         orientation = _orientation(image)
         width, height = image.size
         scale = 1.0
+        height_out, width_out = target
         if orientation is None:  # a drafted picture may end within its last pixel, which turning would put first
-            drafted = image.draft(None, (resolution, resolution))  # JPEG only; both sides stay at least R
+            drafted = image.draft(None, (width_out, height_out))  # JPEG only; both sides stay at least these
             scale = width / drafted[1][2] if drafted else 1.0
         image.load()
         if orientation is not None:
@@ -76,12 +96,12 @@ def _decode(data: bytes, resolution: int, crop: Crop, u: Sequence[float], max_pi
             width, height = image.size
     except Exception:  # Pillow's readers raise what they like on hostile bytes: OSError, SyntaxError, struct.error, …
         raise DecodeError("broken_image") from None
-    left, top, right, bottom = (edge / scale for edge in _box(width, height, crop, u))
+    left, top, right, bottom = (edge / scale for edge in _box(width, height, target, crop, u))
     outer = (math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))
     rgb = _rgb(image.crop(outer))
     box = (left - outer[0], top - outer[1], right - outer[0], bottom - outer[1])
-    if box != (0, 0, resolution, resolution):
-        rgb = rgb.resize((resolution, resolution), Image.Resampling.BICUBIC, box)
+    if box != (0, 0, width_out, height_out):
+        rgb = rgb.resize((width_out, height_out), Image.Resampling.BICUBIC, box)
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
@@ -93,16 +113,20 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _box(width: int, height: int, crop: Crop, u: Sequence[float]) -> tuple[int, int, int, int]:
+def _box(width: int, height: int, target: tuple[int, int], crop: Crop, u: Sequence[float]) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) in whole pixels."""
     if crop == "none":
         return 0, 0, width, height
-    side = min(width, height)
-    if crop == "center":
-        left, top = (width - side) // 2, (height - side) // 2
+    high, wide = target
+    if width * high >= height * wide:  # wider than the target
+        box_width, box_height = max(1, round(height * wide / high)), height
     else:
-        left, top = math.floor((width - side + 1) * u[0]), math.floor((height - side + 1) * u[1])
-    return left, top, left + side, top + side
+        box_width, box_height = width, max(1, round(width * high / wide))
+    if crop == "center":
+        left, top = (width - box_width) // 2, (height - box_height) // 2
+    else:
+        left, top = math.floor((width - box_width + 1) * u[0]), math.floor((height - box_height + 1) * u[1])
+    return left, top, left + box_width, top + box_height
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -14,11 +14,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import DataPipeline
 
+from carrara.data.buckets import BucketedStream
 from carrara.data.order import Stream, uniforms
 from carrara.data.reader import Samples
 from carrara.errors import MachineError, UserError
 
 Batch = dict[str, Any]
+AnyStream = Stream | BucketedStream
 Stage = Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]]
 
 _SLIDING = 2000  # samples over which failures are counted
@@ -58,9 +60,9 @@ class Share:
 
 
 class OrderedSource:
-    """First stage, endless: {position, sample (its id), u (uniforms)}; worker w has micro-batches w + i·W."""
+    """First stage, endless: {position, sample (its id), u (uniforms), size}; worker w has micro-batches w + i·W."""
 
-    def __init__(self, stream: Stream, share: Share, first: int) -> None:
+    def __init__(self, stream: AnyStream, share: Share, first: int) -> None:
         self.stream, self.share, self.first = stream, share, first
         self.held = 0  # samples handed out and not yet in a micro-batch
 
@@ -71,24 +73,25 @@ class OrderedSource:
             start = self.share.start(m)
             ids = self.stream.take(start, start + self.share.size)
             draws = uniforms(self.stream.seed, start, self.share.size)
+            size = self.stream.size(start) if isinstance(self.stream, BucketedStream) else None
             for position, sample, u in zip(itertools.count(start), ids.tolist(), draws.tolist(), strict=False):
                 self.held += 1
-                yield {"position": position, "sample": sample, "u": u}
+                yield {"position": position, "sample": sample, "u": u, "size": size}
             if self.held > _AHEAD + self.share.size:
                 raise UserError(f"a stage of data.stages holds back {self.held} samples; it must yield each one")
 
 
 class Decode:
-    """Second stage: {position, __key__, image uint8 (3, R, R), caption, skipped (reason -> count)}."""
+    """Second stage: {position, __key__, image uint8 (3, H, W), caption, skipped (reason -> count)}."""
 
-    def __init__(self, samples: Samples, stream: Stream) -> None:
+    def __init__(self, samples: Samples, stream: AnyStream) -> None:
         self.samples, self.stream = samples, stream
 
     def __call__(self, source: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for item in source:
             position = item["position"]
             sample, skipped = self.samples.load_or_substitute(
-                item["sample"], partial(self.stream.substitute, position), item["u"]
+                item["sample"], partial(self.stream.substitute, position), item["u"], item["size"]
             )
             yield {
                 "position": position,
@@ -118,7 +121,7 @@ class MicroBatches:
 
 
 def collate(samples: Sequence[dict[str, Any]], positions: torch.Tensor) -> Batch:
-    """images uint8 (B, 3, R, R), captions, positions int64 (B,), keys, skipped (reason -> count)."""
+    """images uint8 (B, 3, H, W), captions, positions int64 (B,), keys, skipped (reason -> count)."""
     return {
         "images": torch.from_numpy(np.stack([sample["image"] for sample in samples])),
         "captions": [sample["caption"] for sample in samples],
@@ -178,7 +181,7 @@ class Loader:
     The next iteration goes on from there (after a `break`, from the next micro-batch), with the same workers.
     Started within an epoch, the first iteration is the rest of it. `len` is that of a whole epoch.
 
-    A batch holds images uint8 (B, 3, R, R), captions, positions int64 (B,), keys ("shard/key") and skipped:
+    A batch holds images uint8 (B, 3, H, W), captions, positions int64 (B,), keys ("shard/key") and skipped:
     how many samples of what reason were replaced. UserError if more than `max_bad_fraction` of the last 2000
     must be.
     """
@@ -186,7 +189,7 @@ class Loader:
     def __init__(
         self,
         samples: Samples,
-        stream: Stream,
+        stream: AnyStream,
         share: Share,
         steps_per_epoch: int,
         *,

@@ -16,12 +16,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carrara.data.cache import ShardCache, is_remote, size_of
+from carrara.data.decode import picture_size
 from carrara.data.tar_walk import Member, Problem, walk
 from carrara.errors import UserError
 
@@ -33,7 +34,7 @@ COLUMNS = (  # numbers kept of a sample's JSON, as LAION and img2dataset name th
     "WIDTH", "HEIGHT", "original_width", "original_height", "width", "height",
     "similarity", "punsafe", "pwatermark", "aesthetic",
 )  # fmt: skip
-_VERSION = 2  # of the index files; another number makes them anew
+_VERSION = 3  # of the index files; another number makes them anew
 _SERIAL = 4  # up to so many shards are scanned without other processes
 
 
@@ -43,13 +44,14 @@ class ShardIndex:
     the suffix.
 
     keys: (n,) UTF-8 bytes. members: (n, 3, 2) int64, [IMAGE | CAPTION | JSON] -> offset, size; size -1 where
-    there is none. columns: those of COLUMNS that occur, (n,) float64, NaN where null or absent. problems:
-    what is wrong with members and samples that are not here or not whole. bytes, sha256: of a remote shard as it was
-    when it was scanned.
+    there is none. pictures: (n, 2) height and width by their headers, 0 where they have none. columns: those of
+    COLUMNS that occur, (n,) float64, NaN where null or absent. problems: what is wrong with members and samples that
+    are not here or not whole. bytes, sha256: of a remote shard as it was when it was scanned.
     """
 
     keys: NDArray[np.bytes_]
     members: NDArray[np.int64]
+    pictures: NDArray[np.int32]
     columns: dict[str, NDArray[np.float64]]
     problems: list[Problem]
     bytes: int = 0
@@ -63,6 +65,7 @@ class ShardIndex:
                     file,
                     keys=self.keys,
                     members=self.members,
+                    pictures=self.pictures,
                     names=np.array(list(self.columns), dtype=np.str_),
                     values=np.array(list(self.columns.values()), dtype=np.float64),
                     problems=np.array(self.problems, dtype=np.str_).reshape(-1, 2),
@@ -79,6 +82,7 @@ class ShardIndex:
             return cls(
                 keys=arrays["keys"],
                 members=arrays["members"],
+                pictures=arrays["pictures"],
                 columns=dict(zip(arrays["names"].tolist(), arrays["values"], strict=True)),
                 problems=[Problem(*row) for row in arrays["problems"].tolist()],
                 bytes=int(arrays["remote"][0]),
@@ -92,13 +96,21 @@ def scan(path: str, caption: str | None = ".txt") -> ShardIndex:
     Raises UserError, naming the file, if it cannot be read or is no tar.
     """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open(path, "rb") as file:
+            return _scan_file(file, path, caption)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as a tar file: {error}") from None
+
+
+def _scan_file(file: BinaryIO, name: str, caption: str | None) -> ShardIndex:
+    try:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found, problems = walk(data)
             if not found:
-                raise UserError(f"{path} is not a tar file; remove it or fetch it again")
+                raise UserError(f"{name} is not a tar file; remove it or fetch it again")
             return _group(found, problems, data, caption)
-    except (OSError, ValueError) as error:  # ValueError: mmap of an empty file
-        raise UserError(f"{path} cannot be read as a tar file: {error}") from None
+    except ValueError as error:  # mmap of an empty file
+        raise UserError(f"{name} cannot be read as a tar file: {error}") from None
 
 
 def _group(found: list[Member], problems: list[Problem], data: mmap.mmap, caption: str | None) -> ShardIndex:
@@ -141,9 +153,12 @@ def _group(found: list[Member], problems: list[Problem], data: mmap.mmap, captio
             text = facts.get(caption)
             has_text = isinstance(text, str) and bool(text.strip())
             parts[CAPTION] = parts[JSON] if has_text else (0, 0 if isinstance(text, str) else -1)
+    places = [parts[IMAGE] for parts in samples.values()]
+    pictures = [picture_size(data[offset : offset + size]) for offset, size in places]
     return ShardIndex(
         keys=np.array([key.encode("utf-8", "surrogateescape") for key in samples], dtype=np.bytes_),
         members=np.array(list(samples.values()), dtype=np.int64).reshape(-1, 3, 2),
+        pictures=np.array(pictures, dtype=np.int32).reshape(-1, 2),
         columns=columns,
         problems=problems,
     )
@@ -285,11 +300,11 @@ def _known(path: str, folder: Path, caption: str | None) -> Scanned:
 def _scanned(path: str, folder: Path, caption: str | None, cache: ShardCache | None) -> Shard | UserError:
     try:
         if cache is not None and is_remote(path):
-            status, copy = None, cache.local(path)
-            with copy.open("rb") as file:  # before it is scanned: another process may make room of it
-                index = scan(str(copy), caption)
+            with cache.open(path) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
+                index = _scan_file(file, path, caption)
                 index = replace(index, bytes=os.fstat(file.fileno()).st_size, sha256=digest)
+            status = None
         else:
             status, index = os.stat(path), scan(path, caption)
     except OSError as error:

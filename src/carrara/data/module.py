@@ -5,12 +5,14 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from carrara.data.buckets import BucketedStream, bucket_sizes, nearest_bucket
 from carrara.data.cache import ShardCache
 from carrara.data.decode import Crop
 from carrara.data.eligibility import eligible
@@ -50,6 +52,8 @@ class ShardData:
         max_pixels: int = 64_000_000,
         shuffle_window: int = 16,
         groups: int = 1,
+        bucket_aspect: float = 1.0,
+        bucket_multiple: int = 64,
         num_workers: int = 0,
         memory_limit: int = 512_000_000,
         max_bad_fraction: float = 0.1,
@@ -71,6 +75,7 @@ class ShardData:
             filters: see `eligibility.FILTERS`.
             crop, flip, max_pixels: see `decode.decode_image`; flip mirrors every second sample.
             shuffle_window, groups: see `order.Stream`.
+            bucket_aspect, bucket_multiple: see `buckets.bucket_sizes`; validation is of squares always.
             num_workers: processes that decode, for each rank.
             memory_limit: bytes; a set that needs no more when decoded is kept in memory (of each rank), and
             no
@@ -90,6 +95,7 @@ class ShardData:
         self.max_bad_fraction, self.stages = max_bad_fraction, stages
         self.filters = {key: value for key, value in (filters or {}).items() if value is not None}
         self.decoding = Decoding(resolution, caption, crop, flip, max_pixels)
+        self.sizes = bucket_sizes(resolution, bucket_aspect, bucket_multiple)
 
         self.manifest = Manifest.load(unpacked(expand(urls), cache_dir), cache_dir, caption)
         self.eligible, self.reasons = eligible(self.manifest, caption, filters or {})
@@ -128,7 +134,12 @@ class ShardData:
 
         Without `steps_per_epoch` an epoch is the whole global batches that the training samples fill, or one.
         """
-        stream = Stream(self.train, self.manifest.starts, self.seed, self.window, self.groups, global_batch)
+        ordering = (self.manifest.starts, self.seed, self.window, self.groups, global_batch)
+        stream: Stream | BucketedStream
+        if len(self.sizes) == 1:
+            stream = Stream(self.train, *ordering)
+        else:
+            stream = BucketedStream(self.train, self._buckets, self.sizes, *ordering)
         return Loader(
             self._samples,
             stream,
@@ -139,6 +150,11 @@ class ShardData:
             stages=self.stages,
             max_bad_fraction=self.max_bad_fraction,
         )
+
+    @cached_property
+    def _buckets(self) -> NDArray[np.int64]:
+        indexes = map(self.manifest.index, range(len(self.manifest.shards)))
+        return np.concatenate([nearest_bucket(index.pictures.astype(np.int64), self.sizes) for index in indexes])
 
     def captions(self, limit: int | None = None) -> Iterator[str]:
         """Captions of training samples, of 64 shards at most, in their order; of more than `limit`, evenly spread."""
@@ -176,6 +192,7 @@ class ShardData:
                 decoding.crop,
                 decoding.flip,
                 decoding.max_pixels,
+                *(self.sizes if len(self.sizes) > 1 else ()),
             ],
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from carrara.errors import UserError
 
-_SHARDS, _WINDOW, _SUBSTITUTE, _DECODING = range(4)  # what random numbers are for
+_SHARDS, _WINDOW, _SUBSTITUTE, _DECODING, TURNS = range(5)  # what random numbers are for
 
 
 def _bits(count: int, *key: int) -> NDArray[np.uint64]:
@@ -16,7 +16,8 @@ def _bits(count: int, *key: int) -> NDArray[np.uint64]:
     return np.random.Philox(np.random.SeedSequence([part % 2**64 for part in key])).random_raw(count)
 
 
-def _permutation(count: int, *key: int) -> NDArray[np.int64]:
+def permutation(count: int, *key: int) -> NDArray[np.int64]:
+    """0 … count − 1 in a random order of this key."""
     return np.argsort(_bits(count, *key), kind="stable")
 
 
@@ -44,7 +45,7 @@ class _Epochs:
         """Sample ids from this position to the end of its window of shards."""
         epoch, within = divmod(position, self.size)
         if self._order[0] != epoch:
-            order = _permutation(len(self.shards), *self.key, _SHARDS, epoch)
+            order = permutation(len(self.shards), *self.key, _SHARDS, epoch)
             firsts = np.concatenate([[0], np.cumsum(self.counts[order])[:-1]])
             self._order = (epoch, self.shards[order], firsts[:: stream.window])
         _, shards, firsts = self._order
@@ -52,7 +53,7 @@ class _Epochs:
         if self._window[:2] != (epoch, w):
             of_window = shards[w * stream.window : (w + 1) * stream.window]
             ids = np.concatenate([stream.ids(shard) for shard in of_window.tolist()])
-            self._window = (epoch, w, ids[_permutation(len(ids), *self.key, _WINDOW, epoch, w)])
+            self._window = (epoch, w, ids[permutation(len(ids), *self.key, _WINDOW, epoch, w)])
         return self._window[2][within - int(firsts[w]) :]
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from carrara.data.buckets import Size
 from carrara.data.cache import ShardCache
 from carrara.data.decode import Crop, DecodeError, decode_caption, decode_image
 from carrara.data.manifest import CAPTION, IMAGE, JSON, Manifest, Shard
@@ -32,7 +33,7 @@ class Decoding:
 
 
 class Sample(NamedTuple):
-    """key: `shard/key`, as keys repeat across shards. image: uint8 (3, R, R). caption: "" if it has none."""
+    """key: `shard/key`, as keys repeat across shards. image: uint8 (3, H, W). caption: "" if it has none."""
 
     key: str
     image: NDArray[np.uint8]
@@ -111,11 +112,8 @@ class ShardReader:
             if shard.mtime_ns is not None:
                 return os.open(shard.path, _READ)
             assert self.cache is not None
-            while True:
-                try:
-                    return os.open(self.cache.local(shard.path, shard.bytes, shard.sha256), _READ)
-                except FileNotFoundError:  # another process made room of it in this very moment
-                    continue
+            with self.cache.open(shard.path, shard.bytes, shard.sha256) as copy:
+                return os.dup(copy.fileno())
         except OSError as error:
             raise UserError(f"cannot read the shard {shard.path}: {error.strerror}") from None
 
@@ -123,20 +121,20 @@ class ShardReader:
 class Samples:
     """Decoded samples by global id. With `keep`, each is decoded once and kept, its failure too.
 
-    What is kept does not depend on `u`: keep only what is not cropped at random. The flip, where there is
-    one, is done on the way out.
+    What is kept does not depend on `u` and `size`: keep only what is not cropped at random, and has one size. The
+    flip, where there is one, is done on the way out.
     """
 
     def __init__(self, reader: ShardReader, decoding: Decoding, keep: bool = False) -> None:
         self.reader, self.decoding, self.keep = reader, decoding, keep
         self._kept: dict[int, Sample | str] = {}  # or the reason why there is none
 
-    def load(self, sample: int, u: Sequence[float] = (0.5, 0.5, 0.0)) -> Sample:
-        """`u`: uniforms for the crop's place (2) and the flip. Raises DecodeError."""
+    def load(self, sample: int, u: Sequence[float] = (0.5, 0.5, 0.0), size: Size | None = None) -> Sample:
+        """`u`: uniforms for the crop's place (2) and the flip; `size`: other than R × R. Raises DecodeError."""
         found = self._kept.get(sample)
         if found is None:
             try:
-                found = self._decode(sample, u)
+                found = self._decode(sample, u, size)
             except DecodeError as error:
                 found = error.reason
             if self.keep:
@@ -148,7 +146,11 @@ class Samples:
         return found
 
     def load_or_substitute(
-        self, sample: int, substitute: Callable[[int], int], u: Sequence[float] = (0.5, 0.5, 0.0)
+        self,
+        sample: int,
+        substitute: Callable[[int], int],
+        u: Sequence[float] = (0.5, 0.5, 0.0),
+        size: Size | None = None,
     ) -> tuple[Sample, Counter[str]]:
         """The sample, or in place of one that cannot be decoded the first good one of substitute(0),
         substitute(1) …; and how many were skipped for which reason. Raises UserError after TRIES.
@@ -156,7 +158,7 @@ class Samples:
         skipped: Counter[str] = Counter()
         for attempt in range(TRIES):
             try:
-                return self.load(sample, u), skipped
+                return self.load(sample, u, size), skipped
             except DecodeError as error:
                 skipped[error.reason] += 1
                 _log.info("%s is skipped: %s", self.reader.key(sample), error.reason)
@@ -174,11 +176,11 @@ class Samples:
         """The sample's JSON, empty if there is none."""
         return self.reader.read(sample, JSON)
 
-    def _decode(self, sample: int, u: Sequence[float]) -> Sample:
+    def _decode(self, sample: int, u: Sequence[float], size: Size | None) -> Sample:
         caption = self.caption(sample)
         image = decode_image(
             self.reader.read(sample, IMAGE),
-            self.decoding.resolution,
+            size or self.decoding.resolution,
             self.decoding.crop,
             u,
             self.decoding.max_pixels,

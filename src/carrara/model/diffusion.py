@@ -68,7 +68,7 @@ class DiffusionModel(Model):
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         images = self.images(batch)
-        shape = self.autoencoder.latent_shape(images.shape[-1])
+        shape = self.autoencoder.latent_shape(*images.shape[-2:])
         with torch.no_grad():
             x0 = self.autoencoder.encode(images, self.normal(batch, "posterior", shape)).float()
         captions = batch["captions"]

@@ -69,7 +69,7 @@ class TextToImage:
         """
         device = next(self.network.parameters()).device
         positions = torch.as_tensor(list(indices))  # noise is drawn on the CPU: the same on every device
-        shape = self.autoencoder.latent_shape(self.resolution)
+        shape = self.autoencoder.latent_shape(self.resolution, self.resolution)
         draws = iter(range(2**31))
 
         def noise() -> Tensor:
