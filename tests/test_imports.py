@@ -17,6 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "carrara"
 FOUNDATION = {"divergence", "errors", "keyed_random", "signals"}
 PARTS = {"autoencoder", "classifier", "conditioner", "evaluator", "language_model"}  # siblings: none imports another
 BELOW_PIPELINE = FOUNDATION | {"diffusion", "network", "data", "metric", "model"} | PARTS
+BELOW_COMMANDS = {"component", "config", "pipeline", "callback", "search"}
 COMMANDS = {
     "architecture", "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report",
     "run_folder", "sampling", "score_card", "scoring", "worker", "world",
@@ -35,9 +36,13 @@ ALLOWED: dict[str, set[str]] = {
     "model": FOUNDATION | PARTS | {"network", "diffusion"},
     "config": FOUNDATION,
     "component": FOUNDATION | {"config"},  # a part on disk holds a config and is built from it
+    "search": FOUNDATION | {"data", "evaluator"},
     "pipeline": FOUNDATION | PARTS | {"network", "diffusion", "model", "component"},
     "callback": BELOW_PIPELINE | {"component", "pipeline"},
-    **{command: BELOW_PIPELINE | COMMANDS | {"component", "config", "pipeline", "callback"} for command in COMMANDS},
+    **{
+        command: BELOW_PIPELINE | COMMANDS | {"component", "config", "pipeline", "callback", "search"}
+        for command in COMMANDS
+    },
 }
 FAMILIES = ("report", "config")  # units of several files: report.py, report_chart.py, …
 OUTSIDE = {"diffusion": {"torch"}}  # besides the standard library; a unit that is not named may import any package

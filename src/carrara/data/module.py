@@ -151,6 +151,10 @@ class ShardData:
             max_bad_fraction=self.max_bad_fraction,
         )
 
+    def samples(self) -> Samples:
+        """All of them by id, each decoded as it is for scores: whole, or the square at its centre."""
+        return Samples(self._samples.reader, self.validation.decoding)
+
     @cached_property
     def _buckets(self) -> NDArray[np.int64]:
         indexes = map(self.manifest.index, range(len(self.manifest.shards)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from carrara.data.loader import Batch, collate
 from carrara.data.manifest import Manifest
-from carrara.data.reader import TRIES, Samples
+from carrara.data.reader import TRIES, Decoding, Samples
 from carrara.errors import UserError
 
 _FEW = 64  # shards
@@ -87,6 +87,10 @@ class ValidationSet:
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @property
+    def decoding(self) -> Decoding:
+        return self._samples.decoding
 
     @cached_property
     def fingerprint(self) -> str:

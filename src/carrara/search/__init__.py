@@ -1,0 +1,1 @@
+"""Pictures by a sentence or by another picture, in any number of shards."""
