@@ -118,7 +118,7 @@ def mixed(write_shard, sample, tmp_path) -> ShardData:
 
 
 def gone_through(loader: Loader, batches: int) -> list[tuple[tuple[int, ...], list[str]]]:
-    found = []
+    found: list[tuple[tuple[int, ...], list[str]]] = []
     while len(found) < batches:
         found += [(tuple(batch["images"].shape), batch["keys"]) for batch in loader]
     return found[:batches]

@@ -6,8 +6,9 @@ import logging
 import os
 import tempfile
 import time
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import aiohttp
 import fsspec
@@ -43,7 +44,7 @@ class ShardCache:
         name = os.path.basename(url.partition("?")[0]) or "shard"
         return self.folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
 
-    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> BinaryIO:
+    def open(self, url: str, size: int | None = None, sha256: str | None = None) -> BufferedReader:
         """Its copy, opened, from which others that make room cannot take it; see `local`."""
         while True:
             try:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
@@ -49,7 +49,7 @@ class Approximate:
 
     def __init__(self, path: Path, embeddings: Embeddings) -> None:
         self.embeddings = embeddings
-        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        self.index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         self.index.nprobe = min(_PROBES, self.index.nlist)
 
     @staticmethod
@@ -60,7 +60,7 @@ class Approximate:
         pieces = next(
             pieces for pieces in (width // 4, width // 8, width // 2, width) if pieces and width % pieces == 0
         )
-        index = faiss.index_factory(width, f"IVF{lists},PQ{pieces}", faiss.METRIC_INNER_PRODUCT)
+        index: Any = faiss.index_factory(width, f"IVF{lists},PQ{pieces}", faiss.METRIC_INNER_PRODUCT)
         index.cp.seed, index.cp.niter = seed, 10
         index.pq.cp.niter = 10
         chosen = np.sort(
