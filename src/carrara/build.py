@@ -12,9 +12,12 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.callback.checkpoint_file import newest_valid
 from carrara.callback.ema import trainable
 from carrara.callback.score import Score
-from carrara.component import load_component
+from carrara.component import load_component, read_component
+from carrara.conditioner.pretrained import Pretrained
 from carrara.config import Config, build
+from carrara.data.cached import Facts, check_facts
 from carrara.data.module import ShardData
+from carrara.data.reader import Decoding, Use
 from carrara.diffusion.objective import Objective
 from carrara.diffusion.thresholding import Unbounded
 from carrara.errors import UserError
@@ -96,6 +99,36 @@ def build_scores(
         build(config["callback"]["validation_loss"]),
         score(**{name: available[name] for name in available.keys() & wanted}),
     ]
+
+
+def usable_cache(config: Config, data: ShardData, modules: Mapping[str, nn.Module]) -> Use:
+    """What of the shards' cache a run trains on: nothing if there is none, or if it learns from pictures.
+
+    Raises:
+        UserError: there is a cache, made with something else than the run has.
+    """
+    autoencoder, conditioner = modules.get("autoencoder"), modules.get("conditioner")
+    if "diffusion" not in config or not isinstance(autoencoder, Autoencoder) or autoencoder.is_identity:
+        return "pictures"
+    found = data.cached
+    if found is None:
+        return "pictures"
+    if data.stages or data.decoding.flip or len(data.sizes) > 1:
+        raise UserError(
+            "data.stages, data.flip and data.bucket_aspect change pictures, and the shards hold them encoded: leave "
+            "them out, or set data.use_cache=false"
+        )
+    check_facts(found, latent_facts(Path(config["part"]["autoencoder"]), data.decoding))
+    if not isinstance(conditioner, Pretrained) or found.get("encoder") is None:
+        return "latents"
+    check_facts(found, conditioner.facts())
+    return "latents_and_text"
+
+
+def latent_facts(autoencoder: Path, decoding: Decoding) -> Facts:
+    """What cached latents depend on."""
+    sha256 = read_component(autoencoder, "autoencoder").card["sha256"]
+    return {"autoencoder": sha256, "resolution": decoding.resolution, "crop": decoding.crop}
 
 
 def exported_config(config: Config, kind: str) -> Config:

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
-from carrara.build import build_model, build_scores, exported_config
+from carrara.build import build_model, build_scores, exported_config, usable_cache
 from carrara.callback.checkpoint import Checkpoints, retention
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
 from carrara.callback.ema import EMA
@@ -90,6 +90,9 @@ def run(folder: Path) -> None:
         log.cut_back(0 if checkpoint is None else checkpoint_step(checkpoint))
         if checkpoint is not None:
             _log.info("going on from %s", checkpoint)
+    use = usable_cache(config, data, modules)
+    if use != "pictures" and trainer.is_global_zero:
+        _log.info("training on the %s in the shards", use.replace("_", " "))
     loader = data.train_loader(
         settings["batch_size"],
         trainer.global_rank,
@@ -97,6 +100,7 @@ def run(folder: Path) -> None:
         settings["accumulate"],
         settings["max_steps"],
         position,
+        use,
     )
     with workers_explained():
         trainer.fit(model, loader, ckpt_path=checkpoint, weights_only=True)

@@ -8,7 +8,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from carrara.data import manifest as manifest_module
 from carrara.data.eligibility import eligible
-from carrara.data.manifest import CAPTION, IMAGE, JSON, Manifest, scan
+from carrara.data.manifest import Manifest
+from carrara.data.shard_index import CAPTION, IMAGE, JSON, scan
 from carrara.data.tar_walk import Problem, walk
 from carrara.errors import UserError
 

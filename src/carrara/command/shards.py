@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from carrara.command.cache import cache
 from carrara.command.search import search
 from carrara.command_line import RunFailed, quote_free_text, show_error, split_flags
 from carrara.config import build, compose
@@ -28,7 +29,7 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         print((conf_dir / f"{NAME}.yaml").read_text())
         return
     order = compose(conf_dir, NAME, overrides).config
-    actions = {"make": _make, "inspect": _inspect, "doctor": _doctor, "search": search}
+    actions = {"make": _make, "inspect": _inspect, "doctor": _doctor, "search": search, "cache": cache}
     if order["do"] not in actions:
         raise UserError(f"do={order['do']} is not known; it is {', '.join(actions)}")
     actions[order["do"]](order)

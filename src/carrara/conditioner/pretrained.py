@@ -28,6 +28,7 @@ _NEEDED = (
     _CONFIG, _WEIGHTS, _INDEX, "model-*.safetensors", *_TOKENIZERS,
     "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
+_PROBES = ("A photo of 2 cats, Ünïcode\N{GRINNING FACE} & the\tsame again!", "z" * 40)
 _SHORTEST = 3  # tokens: a start, a word and an end
 _SETTINGS = {  # whatever the model's own config says
     "attn_implementation": "sdpa",  # it may name compiled code to be fetched from the hub
@@ -84,6 +85,12 @@ class Pretrained(Conditioner):
         self._tokenizer = _read_tokenizer(model, folder)
         _check_tokenizer(model, self._tokenizer, self._family, config)
         self.encoder = ByReference(_read_weights(model, folder, self._family, config), model, _sha256(folder))
+
+    def facts(self) -> dict[str, str | int | None]:
+        """What its answer depends on: the weights, the longest caption, and the tokenizer by some of its answers."""
+        ids, _ = self.tokenize(["", *_PROBES])
+        tokenizer = hashlib.sha256(json.dumps(ids.tolist()).encode()).hexdigest()
+        return {"encoder": self.encoder.sha256, "max_length": self.max_length, "tokenizer": tokenizer}
 
     def forward(self, captions: list[str]) -> Conditioning:
         """B captions -> tokens (B, L, D) float32, their mask, and pooled vectors (B, D)."""

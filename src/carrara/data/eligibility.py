@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from carrara.data.manifest import CAPTION, Manifest
+from carrara.data.manifest import Manifest
+from carrara.data.shard_index import CAPTION
 from carrara.errors import UserError
 
 

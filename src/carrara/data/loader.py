@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import DataPipeline
 
 from carrara.data.buckets import BucketedStream
+from carrara.data.cached import Cached
 from carrara.data.order import Stream, uniforms
 from carrara.data.reader import Samples
 from carrara.errors import MachineError, UserError
@@ -98,6 +100,7 @@ class Decode:
                 "__key__": sample.key,
                 "image": sample.image,
                 "caption": sample.caption,
+                "cached": sample.cached,
                 "skipped": skipped,
             }
 
@@ -121,13 +124,35 @@ class MicroBatches:
 
 
 def collate(samples: Sequence[dict[str, Any]], positions: torch.Tensor) -> Batch:
-    """images uint8 (B, 3, H, W), captions, positions int64 (B,), keys, skipped (reason -> count)."""
+    """images uint8 (B, 3, H, W), captions, positions int64 (B,), keys, skipped (reason -> count).
+
+    Of samples whose cache is used, instead of images latent_mean and latent_std (B, C, h, w), and tokens (B, L, D),
+    their mask and pooled (B, P) if the text was asked for; all float32.
+    """
+    contents = {"images": torch.from_numpy(np.stack([sample["image"] for sample in samples]))}
+    if samples[0].get("cached") is not None:
+        contents = _collate_cached([sample["cached"] for sample in samples])
     return {
-        "images": torch.from_numpy(np.stack([sample["image"] for sample in samples])),
+        **contents,
         "captions": [sample["caption"] for sample in samples],
         "positions": positions,
         "keys": [sample["__key__"] for sample in samples],
         "skipped": dict(sum((sample["skipped"] for sample in samples), Counter[str]())),
+    }
+
+
+def _collate_cached(caches: Sequence[Cached]) -> dict[str, torch.Tensor]:
+    stacked = {
+        f"latent_{name}": torch.from_numpy(np.stack([getattr(cached, name) for cached in caches]))
+        for name in ("mean", "std")
+    }
+    if caches[0].tokens is None:
+        return stacked
+    tokens = [torch.from_numpy(cached.tokens) for cached in caches if cached.tokens is not None]
+    return stacked | {
+        "tokens": pad_sequence(tokens, batch_first=True),
+        "mask": pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in tokens], batch_first=True),
+        "pooled": torch.from_numpy(np.stack([cached.pooled for cached in caches if cached.pooled is not None])),
     }
 
 

@@ -1,13 +1,10 @@
-"""What is in the shards: one walk over each tar's headers, kept as an index."""
+"""What is in the shards: their indexes, made once and kept."""
 
 import hashlib
 import json
 import logging
-import math
-import mmap
 import multiprocessing
 import os
-import tempfile
 import zipfile
 import zlib
 from collections import Counter
@@ -16,181 +13,18 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carrara.data.cache import ShardCache, is_remote, size_of
-from carrara.data.decode import picture_size
-from carrara.data.tar_walk import Member, Problem, walk
+from carrara.data.shard_index import CAPTION, IMAGE_SUFFIXES, ShardIndex, scan, scan_file
 from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-IMAGE, CAPTION, JSON = range(3)  # a sample's members, rows of `ShardIndex.members`
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-COLUMNS = (  # numbers kept of a sample's JSON, as LAION and img2dataset name them
-    "WIDTH", "HEIGHT", "original_width", "original_height", "width", "height",
-    "similarity", "punsafe", "pwatermark", "aesthetic",
-)  # fmt: skip
-_VERSION = 3  # of the index files; another number makes them anew
+_VERSION = 4  # of the index files; another number makes them anew
 _SERIAL = 4  # up to so many shards are scanned without other processes
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the samples of one shard lie. A sample is what has an image; its key is the member's name without
-    the suffix.
-
-    keys: (n,) UTF-8 bytes. members: (n, 3, 2) int64, [IMAGE | CAPTION | JSON] -> offset, size; size -1 where
-    there is none. pictures: (n, 2) height and width by their headers, 0 where they have none. columns: those of
-    COLUMNS that occur, (n,) float64, NaN where null or absent. problems: what is wrong with members and samples that
-    are not here or not whole. bytes, sha256: of a remote shard as it was when it was scanned.
-    """
-
-    keys: NDArray[np.bytes_]
-    members: NDArray[np.int64]
-    pictures: NDArray[np.int32]
-    columns: dict[str, NDArray[np.float64]]
-    problems: list[Problem]
-    bytes: int = 0
-    sha256: str = ""
-
-    def save(self, path: Path) -> None:
-        """Atomically."""
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-            try:
-                np.savez(
-                    file,
-                    keys=self.keys,
-                    members=self.members,
-                    pictures=self.pictures,
-                    names=np.array(list(self.columns), dtype=np.str_),
-                    values=np.array(list(self.columns.values()), dtype=np.float64),
-                    problems=np.array(self.problems, dtype=np.str_).reshape(-1, 2),
-                    remote=np.array([str(self.bytes), self.sha256], dtype=np.str_),
-                )
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ShardIndex":
-        with np.load(path, allow_pickle=False) as arrays:
-            return cls(
-                keys=arrays["keys"],
-                members=arrays["members"],
-                pictures=arrays["pictures"],
-                columns=dict(zip(arrays["names"].tolist(), arrays["values"], strict=True)),
-                problems=[Problem(*row) for row in arrays["problems"].tolist()],
-                bytes=int(arrays["remote"][0]),
-                sha256=str(arrays["remote"][1]),
-            )
-
-
-def scan(path: str, caption: str | None = ".txt") -> ShardIndex:
-    """Index one local shard. `caption` is a member's suffix (`.txt`), a key of the JSON, or None for none.
-
-    Raises UserError, naming the file, if it cannot be read or is no tar.
-    """
-    try:
-        with open(path, "rb") as file:
-            return _scan_file(file, path, caption)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a tar file: {error}") from None
-
-
-def _scan_file(file: BinaryIO, name: str, caption: str | None) -> ShardIndex:
-    try:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            found, problems = walk(data)
-            if not found:
-                raise UserError(f"{name} is not a tar file; remove it or fetch it again")
-            return _group(found, problems, data, caption)
-    except ValueError as error:  # mmap of an empty file
-        raise UserError(f"{name} cannot be read as a tar file: {error}") from None
-
-
-def _group(found: list[Member], problems: list[Problem], data: mmap.mmap, caption: str | None) -> ShardIndex:
-    samples: dict[str, list[tuple[int, int]]] = {}
-    caption_suffix = caption if caption is not None and caption.startswith(".") else ".txt"
-    last, scattered = None, set()
-    for member in found:
-        key, part = _split_name(member.name, caption_suffix)
-        if part < 0:
-            continue
-        if key != last and key in samples:
-            scattered.add(key)
-        last = key
-        sample = samples.setdefault(key, [(0, -1)] * 3)
-        if sample[part][1] >= 0:
-            problems.append(Problem(member.name, "duplicate_key"))
-        else:
-            sample[part] = (member.offset, member.size)
-    problems += [Problem(key, "unsorted") for key in samples if key in scattered]  # whole here, split by others
-    problems += [Problem(key, "no_image") for key, parts in samples.items() if parts[IMAGE][1] < 0]
-    samples = {key: parts for key, parts in samples.items() if parts[IMAGE][1] >= 0}
-    columns: dict[str, NDArray[np.float64]] = {}
-    for row, (key, parts) in enumerate(samples.items()):
-        offset, size = parts[JSON]
-        facts: dict[str, Any] = {}
-        if size >= 0:
-            try:
-                loaded = json.loads(data[offset : offset + size])
-                facts = loaded if isinstance(loaded, dict) else {}
-            except (ValueError, RecursionError):
-                problems.append(Problem(key, "broken_json"))
-        for name in COLUMNS:
-            if name in facts:
-                if name not in columns:
-                    columns[name] = np.full(len(samples), np.nan)
-                columns[name][row] = _number(facts[name])
-                if facts[name] is not None and not _is_number(facts[name]):
-                    problems.append(Problem(key, f"no_number_{name}"))
-        if caption is not None and not caption.startswith("."):
-            text = facts.get(caption)
-            has_text = isinstance(text, str) and bool(text.strip())
-            parts[CAPTION] = parts[JSON] if has_text else (0, 0 if isinstance(text, str) else -1)
-    places = [parts[IMAGE] for parts in samples.values()]
-    pictures = [picture_size(data[offset : offset + size]) for offset, size in places]
-    return ShardIndex(
-        keys=np.array([key.encode("utf-8", "surrogateescape") for key in samples], dtype=np.bytes_),
-        members=np.array(list(samples.values()), dtype=np.int64).reshape(-1, 3, 2),
-        pictures=np.array(pictures, dtype=np.int32).reshape(-1, 2),
-        columns=columns,
-        problems=problems,
-    )
-
-
-def _split_name(name: str, caption_suffix: str) -> tuple[str, int]:
-    """Key and part of a member, -1 for none of ours. A known suffix is cut off; other dots are the key's."""
-    lower = name.lower()
-    if lower.endswith(caption_suffix):
-        key, part = name[: -len(caption_suffix)], CAPTION
-    else:
-        key, dot, suffix = name.rpartition(".")
-        suffix = dot + suffix.lower()
-        part = JSON if suffix == ".json" else IMAGE if suffix in IMAGE_SUFFIXES else -1
-    base = key.rpartition("/")[2]
-    if (
-        not base or base.startswith(".") or key.startswith("__")
-    ):  # hidden files, macOS's ._ files, webdataset's __meta__
-        return key, -1
-    return key, part
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: object) -> float:
-    """A JSON number; NaN for null, text, true, false and what no float can hold."""
-    try:
-        return float(value) if _is_number(value) else math.nan  # type: ignore[arg-type]
-    except OverflowError:
-        return math.nan
 
 
 @dataclass(frozen=True)
@@ -202,6 +36,7 @@ class Shard:
     bytes: int
     mtime_ns: int | None  # None of a remote one
     sha256: str  # of a remote one
+    cached: str  # facts of its cache
     index_path: str
     num_samples: int
     digest: str  # of keys, offsets and sizes: the shard's content as far as a scan sees it
@@ -302,7 +137,7 @@ def _scanned(path: str, folder: Path, caption: str | None, cache: ShardCache | N
         if cache is not None and is_remote(path):
             with cache.open(path) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-                index = _scan_file(file, path, caption)
+                index = scan_file(file, path, caption)
                 index = replace(index, bytes=os.fstat(file.fileno()).st_size, sha256=digest)
             status = None
         else:
@@ -329,6 +164,7 @@ def _shard(
         bytes=index.bytes if status is None else status.st_size,
         mtime_ns=None if status is None else status.st_mtime_ns,
         sha256=index.sha256,
+        cached=index.cached,
         index_path=str(place),
         num_samples=len(index.keys),
         digest=hashlib.sha256(index.keys.tobytes() + index.members.tobytes()).hexdigest()[:16],

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from carrara.data.eligibility import eligible
 from carrara.data.loader import Loader, Share, Stage
 from carrara.data.manifest import Manifest
 from carrara.data.order import Stream
-from carrara.data.reader import Decoding, Samples, ShardReader
+from carrara.data.reader import Decoding, Samples, ShardReader, Use
 from carrara.data.source import expand, unpacked
 from carrara.data.validation import ValidationSet, hash_order, split_validation
 from carrara.errors import UserError
@@ -55,6 +56,7 @@ class ShardData:
         bucket_aspect: float = 1.0,
         bucket_multiple: int = 64,
         num_workers: int = 0,
+        use_cache: bool = True,
         memory_limit: int = 512_000_000,
         max_bad_fraction: float = 0.1,
         cache_bytes: float = 100e9,
@@ -77,6 +79,7 @@ class ShardData:
             shuffle_window, groups: see `order.Stream`.
             bucket_aspect, bucket_multiple: see `buckets.bucket_sizes`; validation is of squares always.
             num_workers: processes that decode, for each rank.
+            use_cache: whether what shards.py do=cache wrote is trained on, where it fits the run.
             memory_limit: bytes; a set that needs no more when decoded is kept in memory (of each rank), and
             no
                 workers are started. Not with crop=random.
@@ -93,6 +96,7 @@ class ShardData:
         self.prompt_check = prompt_check
         self.num_workers, self.window, self.groups = num_workers, shuffle_window, groups
         self.max_bad_fraction, self.stages = max_bad_fraction, stages
+        self.use_cache = use_cache
         self.filters = {key: value for key, value in (filters or {}).items() if value is not None}
         self.decoding = Decoding(resolution, caption, crop, flip, max_pixels)
         self.sizes = bucket_sizes(resolution, bucket_aspect, bucket_multiple)
@@ -129,10 +133,12 @@ class ShardData:
         accumulate: int = 1,
         steps_per_epoch: int | None = None,
         position: int = 0,
+        use: Use = "pictures",
     ) -> Loader:
         """This rank's micro-batches from `position` (samples consumed by all ranks) on; see `Loader`.
 
-        Without `steps_per_epoch` an epoch is the whole global batches that the training samples fill, or one.
+        `use`: pictures, or their cache. Without `steps_per_epoch` an epoch is the whole global batches that the
+        training samples fill, or one.
         """
         ordering = (self.manifest.starts, self.seed, self.window, self.groups, global_batch)
         stream: Stream | BucketedStream
@@ -140,8 +146,11 @@ class ShardData:
             stream = Stream(self.train, *ordering)
         else:
             stream = BucketedStream(self.train, self._buckets, self.sizes, *ordering)
+        samples = self._samples
+        if use != "pictures":
+            samples = Samples(samples.reader, self.decoding, self.in_memory, use)
         return Loader(
-            self._samples,
+            samples,
             stream,
             Share(global_batch, rank, world, accumulate),
             steps_per_epoch or max(1, self.num_train // global_batch),
@@ -150,6 +159,29 @@ class ShardData:
             stages=self.stages,
             max_bad_fraction=self.max_bad_fraction,
         )
+
+    @cached_property
+    def cached(self) -> dict[str, Any] | None:
+        """What the training shards' cache was made with; None if there is none, or it is not to be used.
+
+        Raises UserError: they were not made alike.
+        """
+        shards = self.manifest.shards
+        other = next((shard for shard in shards if shard.cached != shards[0].cached), None)
+        if not self.use_cache or (other is None and not shards[0].cached):
+            return None
+        if other is not None:
+            raise UserError(
+                f"the caches of {shards[0].path} and {other.path} were not made alike; make them again with shards.py "
+                "do=cache, or set data.use_cache=false"
+            )
+        found: dict[str, Any] = json.loads(shards[0].cached)
+        return found
+
+    def eligible_in(self, shard: int) -> NDArray[np.bool_]:
+        """Of a shard's samples those that can be trained or validated on."""
+        start, stop = self.manifest.starts[shard : shard + 2].tolist()
+        return self.eligible[start:stop]
 
     def samples(self) -> Samples:
         """All of them by id, each decoded as it is for scores: whole, or the square at its centre."""

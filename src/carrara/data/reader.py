@@ -5,19 +5,22 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from carrara.data.buckets import Size
 from carrara.data.cache import ShardCache
+from carrara.data.cached import Cached, unpack
 from carrara.data.decode import Crop, DecodeError, decode_caption, decode_image
-from carrara.data.manifest import CAPTION, IMAGE, JSON, Manifest, Shard
+from carrara.data.manifest import Manifest, Shard
+from carrara.data.shard_index import CACHED, CAPTION, IMAGE, JSON
 from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
 _READ = os.O_RDONLY | os.O_CLOEXEC
+_NO_IMAGE = np.empty((3, 0, 0), dtype=np.uint8)
 TRIES = 16  # samples tried for one place in the stream
 
 
@@ -32,12 +35,19 @@ class Decoding:
     max_pixels: int = 64_000_000
 
 
+Use = Literal["pictures", "latents", "latents_and_text"]  # of a sample: it itself, or what its cache holds
+
+
 class Sample(NamedTuple):
-    """key: `shard/key`, as keys repeat across shards. image: uint8 (3, H, W). caption: "" if it has none."""
+    """key: `shard/key`, as keys repeat across shards. image: uint8 (3, H, W). caption: "" if it has none.
+
+    cached: of samples whose cache is used, and whose image is empty.
+    """
 
     key: str
     image: NDArray[np.uint8]
     caption: str
+    cached: Cached | None = None
 
 
 class _Open(NamedTuple):
@@ -125,8 +135,8 @@ class Samples:
     flip, where there is one, is done on the way out.
     """
 
-    def __init__(self, reader: ShardReader, decoding: Decoding, keep: bool = False) -> None:
-        self.reader, self.decoding, self.keep = reader, decoding, keep
+    def __init__(self, reader: ShardReader, decoding: Decoding, keep: bool = False, use: Use = "pictures") -> None:
+        self.reader, self.decoding, self.keep, self.use = reader, decoding, keep, use
         self._kept: dict[int, Sample | str] = {}  # or the reason why there is none
 
     def load(self, sample: int, u: Sequence[float] = (0.5, 0.5, 0.0), size: Size | None = None) -> Sample:
@@ -178,6 +188,10 @@ class Samples:
 
     def _decode(self, sample: int, u: Sequence[float], size: Size | None) -> Sample:
         caption = self.caption(sample)
+        if self.use != "pictures":
+            facts = self.reader.manifest.shards[self.reader.locate(sample)[0]].cached
+            cached = unpack(self.reader.read(sample, CACHED), facts, self.use == "latents_and_text")
+            return Sample(self.reader.key(sample), _NO_IMAGE, caption, cached)
         image = decode_image(
             self.reader.read(sample, IMAGE),
             size or self.decoding.resolution,

@@ -10,6 +10,7 @@ from carrara.conditioner.base import Conditioner
 from carrara.diffusion.objective import Objective
 from carrara.model.base import Model, OptimizerFactory
 from carrara.network.caption_mean import CaptionMean
+from carrara.network.conditioning import Conditioning
 
 
 class DiffusionModel(Model):
@@ -67,18 +68,14 @@ class DiffusionModel(Model):
         return [self.predictor.network]
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
-        images = self.images(batch)
-        shape = self.autoencoder.latent_shape(*images.shape[-2:])
-        with torch.no_grad():
-            x0 = self.autoencoder.encode(images, self.normal(batch, "posterior", shape)).float()
-        captions = batch["captions"]
+        x0 = self._clean_latents(batch)
         training = u is None
+        drop = torch.zeros_like(batch["positions"], dtype=torch.bool)
         if u is None:  # times and drops keyed by the position in the stream
             u = self.spread(batch, "time") if self.stratified else self.uniform(batch, "time")
-            drop = (self.uniform(batch, "caption_dropout") < self.caption_dropout).tolist()
-            captions = ["" if d else caption for d, caption in zip(drop, captions, strict=True)]
-        conditioning = self.predictor.conditioner(captions)
-        eps = self.normal(batch, "noise", shape)
+            drop = self.uniform(batch, "caption_dropout") < self.caption_dropout
+        conditioning = self._conditioning(batch, drop)
+        eps = self.normal(batch, "noise", tuple(x0.shape[1:]))
 
         predict = self.objective.predict(self.predictor.network, conditioning)
         denoising = self.objective.loss(predict, x0, eps, u).mean()
@@ -88,6 +85,24 @@ class DiffusionModel(Model):
         # its gradient without its value: the loss means the same with and without it, in training and validation
         loss = denoising + self.caption_mean_weight * (error - error.detach())
         return {"loss": loss, "caption_mean": error}
+
+    @torch.no_grad()
+    def _clean_latents(self, batch: dict[str, Any]) -> Tensor:
+        """A sample of the posterior, (B, C, h, w) float32, of the pictures or as their cache has it."""
+        if "latent_mean" in batch:
+            noise = self.normal(batch, "posterior", tuple(batch["latent_mean"].shape[1:]))
+            return batch["latent_mean"] + batch["latent_std"] * noise
+        images = self.images(batch)
+        shape = self.autoencoder.latent_shape(*images.shape[-2:])
+        return self.autoencoder.encode(images, self.normal(batch, "posterior", shape)).float()
+
+    def _conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
+        """Of the captions, or as their cache has it; of the empty caption where `drop` (B,) says so."""
+        if "tokens" in batch:
+            encoded = Conditioning(batch["tokens"], batch["mask"], batch["pooled"])
+            return encoded.where(drop, self.predictor.conditioner([""] * len(drop)))
+        captions = ["" if d else caption for d, caption in zip(drop.tolist(), batch["captions"], strict=True)]
+        return self.predictor.conditioner(captions)
 
 
 class NoisePredictor(nn.Module):

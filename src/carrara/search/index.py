@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import faiss
 import numpy as np
@@ -49,8 +49,9 @@ class Approximate:
 
     def __init__(self, path: Path, embeddings: Embeddings) -> None:
         self.embeddings = embeddings
-        self.index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        self.index.nprobe = min(_PROBES, self.index.nlist)
+        index = cast(Any, faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY))
+        index.nprobe = min(_PROBES, index.nlist)
+        self.index = index
 
     @staticmethod
     def build(embeddings: Embeddings, path: Path, seed: int = 0) -> None:

@@ -1,0 +1,249 @@
+"""`shards.py do=cache`, and training on what it wrote."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from webdataset import WebDataset
+
+from carrara.build import usable_cache
+from carrara.command import shards
+from carrara.component import save_component
+from carrara.conditioner.pretrained import Pretrained
+from carrara.data.module import ShardData
+from carrara.data.reader import Use
+from carrara.errors import UserError
+from tests.conditioner.test_pretrained import WIDTH, bert, clip_text_model
+from tests.tiny import diffusion_model, kl, objective, unet
+
+CONF = Path(__file__).parents[2] / "conf"
+RESOLUTION = 16
+pytest_plugins = ["tests.data.conftest"]
+NODE = {
+    "_target_": "carrara.autoencoder.kl.KL", "latent_channels": 4, "downsampling": 4, "channels": [8, 16],
+    "num_blocks": 1, "patch": 2,
+}  # fmt: skip
+
+
+def save_autoencoder(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    autoencoder = kl()
+    autoencoder.set_statistics(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.5, 1.0, 1.5, 2.0]))
+    save_component(folder, "autoencoder", NODE, autoencoder, {"fingerprint": "", "data": {}, "scores": {}, "steps": 1})
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("parts")
+    save_autoencoder(root / "autoencoder", 0)
+    save_autoencoder(root / "other", 1)
+    clip_text_model(root / "clip")
+    bert(root / "bert")
+    return root
+
+
+@pytest.fixture
+def make(write_shard, sample, parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for s in range(3):
+        samples = {
+            f"{k:03d}": {**sample(k), "txt": f"a {'big red' if k % 2 else 'blue'} disc".encode()}
+            for k in range(12 * s, 12 * s + 12)
+        }
+        if s == 1:
+            samples["013"]["png"] = b"broken"
+            del samples["014"]["txt"]
+        write_shard(f"plain/{s}.tar", samples)
+
+    def run(*overrides: str, text: bool = True) -> Path:
+        given = [
+            "do=cache", "data=laion", f"data.resolution={RESOLUTION}", "data.urls=plain/*.tar", "data.num_workers=0",
+            f"part.autoencoder={parts}/autoencoder", "out=cached", "dtype=float32", "batch_size=5",
+        ]  # fmt: skip
+        if text:
+            given += [
+                "conditioner=clip",
+                f"conditioner.model={parts}/clip",
+                f"conditioner.width={WIDTH}",
+                "conditioner.max_length=16",
+            ]
+        shards.main(CONF, [*given, *overrides])
+        return tmp_path / "cached"
+
+    return run
+
+
+def data(tmp_path: Path, urls: str, **changes) -> ShardData:
+    settings = {"val_samples": 4, "cache_dir": str(tmp_path / "index"), "memory_limit": 0}
+    return ShardData("cached", urls, RESOLUTION, **settings | changes)
+
+
+def model(parts: Path, text: bool = True):
+    torch.manual_seed(0)
+    from carrara.component import load_component
+
+    autoencoder = load_component(parts / "autoencoder", "autoencoder")[0]
+    conditioner = Pretrained(str(parts / "clip"), WIDTH, 16) if text else None
+    changes = {} if conditioner is None else {"conditioner": conditioner}
+    return diffusion_model(
+        autoencoder, network=unet(in_channels=4, resolution=4), objective=objective(), caption_dropout=0.3, **changes
+    )
+
+
+def losses(data: ShardData, model, use: Use) -> list[float]:
+    loader = data.train_loader(8, use=use)
+    with torch.no_grad():
+        return [model.loss(batch)["loss"].item() for batch in loader]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
+@pytest.mark.parametrize("text", [True, False])
+def test_the_losses_are_those_without_a_cache(make, parts, tmp_path, text, dtype, tolerance):
+    """Same samples, same noise, same dropped captions: the cached shards have the same keys, so the same order."""
+    folder = make(f"dtype={dtype}", text=text)
+    one = model(parts, text)
+    with torch.no_grad():
+        for parameter in one.predictor.network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))  # a network that begins as zero hears no text
+    with_cache = data(tmp_path, f"{folder}/*.tar")
+    pictures = losses(with_cache, one, "pictures")
+    cached = losses(with_cache, one, "latents_and_text" if text else "latents")
+    assert len(pictures) == len(cached) >= 3
+    assert cached == pytest.approx(pictures, rel=tolerance)
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_shards_hold_what_they_held_and_the_cache(make, capsys):
+    folder = make()
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told == "3 of 3 shards made now, in cached; samples left out: no_caption 1, not_an_image 1"
+    with tarfile.open(folder / "0.tar") as cached, tarfile.open("plain/0.tar") as plain:
+        members = {member.name: cached.extractfile(member).read() for member in cached}
+        for member in plain:
+            assert members.pop(member.name) == plain.extractfile(member).read()
+        assert sorted(members) == [f"{k:03d}.cache.npz" for k in range(12)]
+        facts = json.loads(str(np.load(cached.extractfile("003.cache.npz"), allow_pickle=False)["facts"]))
+    assert facts["resolution"] == RESOLUTION and facts["crop"] == "center" and facts["max_length"] == 16
+    assert all(len(facts[name]) == 64 for name in ("autoencoder", "encoder", "tokenizer"))
+    keys = [sample["__key__"] for sample in WebDataset(str(folder / "1.tar"), shardshuffle=False)]
+    assert keys == [f"{k:03d}" for k in range(12, 24) if k not in (13, 14)]
+
+
+def test_what_is_there_is_left_and_what_others_make_too(make, parts, capsys):
+    folder = make()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    (folder / "2.tar").unlink()
+    with FileLock(folder / ".2.tar.lock"):
+        make()
+    assert "0 of 3 shards made now" in capsys.readouterr().out
+    make()
+    assert "1 of 3 shards made now" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("[01].tar")} == {
+        k: before[k] for k in ("0.tar", "1.tar")
+    }
+    with pytest.raises(UserError, match=r"0\.tar was made with something else"):
+        make(f"part.autoencoder={parts}/other")
+
+
+def config(parts: Path, autoencoder: str = "autoencoder") -> dict:
+    return {"diffusion": {}, "part": {"autoencoder": str(parts / autoencoder)}}
+
+
+def test_a_cache_is_used_where_it_fits(make, parts, tmp_path):
+    folder = make()
+    one = model(parts)
+    modules = {"autoencoder": one.autoencoder, "conditioner": one.predictor.conditioner}
+    there = data(tmp_path, f"{folder}/*.tar")
+    assert usable_cache(config(parts), there, modules) == "latents_and_text"
+    assert (
+        usable_cache(config(parts), there, {**modules, "conditioner": model(parts, False).predictor.conditioner})
+        == "latents"
+    )
+    assert usable_cache({"part": {}}, there, {}) == "pictures"  # an auto-encoder learns from pictures
+    assert usable_cache(config(parts), data(tmp_path, "plain/*.tar"), modules) == "pictures"
+    assert usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar", use_cache=False), modules) == "pictures"
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("autoencoder", {"part": "other"}),
+        ("resolution", {"resolution": 24}),
+        ("crop", {"crop": "none"}),
+        ("encoder", {"text": "bert"}),
+        ("max_length", {"max_length": 9}),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_by_the_field(make, parts, tmp_path, field, changes):
+    folder = make()
+    settings = {"val_samples": 4, "cache_dir": str(tmp_path / "index"), "crop": changes.get("crop", "center")}
+    there = ShardData("x", f"{folder}/*.tar", changes.get("resolution", RESOLUTION), **settings)
+    conditioner = Pretrained(str(parts / changes.get("text", "clip")), WIDTH, changes.get("max_length", 16))
+    modules = {"autoencoder": model(parts).autoencoder, "conditioner": conditioner}
+    with pytest.raises(UserError, match=rf"cache was made with {field}=.* data\.use_cache=false"):
+        usable_cache(config(parts, changes.get("part", "autoencoder")), there, modules)
+
+
+def test_a_tokenizer_of_another_vocabulary_is_noticed(make, parts, tmp_path, monkeypatch):
+    folder = make()
+    conditioner = Pretrained(str(parts / "clip"), WIDTH, 16)
+    tokenize = conditioner.tokenize
+
+    def other(captions):
+        ids, mask = tokenize(captions)
+        return ids + 1, mask
+
+    monkeypatch.setattr(conditioner, "tokenize", other)
+    modules = {"autoencoder": model(parts).autoencoder, "conditioner": conditioner}
+    with pytest.raises(UserError, match="made with tokenizer="):
+        usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar"), modules)
+
+
+def test_shards_of_two_caches_are_refused(make, parts, tmp_path):
+    folder = make()
+    make("out=half", "dtype=float16")
+    with pytest.raises(UserError, match=r"0\.tar and .*0\.tar were not made alike"):
+        _ = data(tmp_path, f"[{folder}/0.tar,half/0.tar]").cached
+    with pytest.raises(UserError, match="not made alike"):
+        _ = data(tmp_path, f"[{folder}/0.tar,plain/1.tar]").cached
+
+
+@pytest.mark.parametrize(
+    "changes", [{"flip": True}, {"stages": [lambda s: s]}, {"bucket_aspect": 2.0, "bucket_multiple": 4}]
+)
+def test_what_changes_pictures_does_not_go_with_a_cache(make, parts, tmp_path, changes):
+    folder = make()
+    modules = {"autoencoder": model(parts).autoencoder}
+    with pytest.raises(UserError, match=r"data\.use_cache=false"):
+        usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar", **changes), modules)
+
+
+def test_a_broken_cache_costs_its_sample(make, parts, tmp_path):
+    folder = make()
+    path = folder / "0.tar"
+    content = bytearray(path.read_bytes())
+    place = content.find(b"mean.npy")
+    content[place + 60 : place + 400] = bytes(340)
+    path.write_bytes(content)
+    skipped = [
+        batch["skipped"] for batch in data(tmp_path, f"{folder}/*.tar", val_samples=1).train_loader(11, use="latents")
+    ]
+    assert sum(one.get("broken_cache", 0) for one in skipped) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["out=null"], "out=FOLDER and part"),
+        (["data.flip=true"], r"data\.flip, "),
+        (["dtype=int8"], "dtype=int8 is not known"),
+        (["conditioner=text"], "only frozen text encoders"),
+    ],
+)
+def test_mistakes_are_named(make, overrides, message):
+    with pytest.raises(UserError, match=message):
+        make(*overrides, text=False)
