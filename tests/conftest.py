@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.shards"]
+
 # Read when the libraries are imported, and inherited by the processes that tests start.
 os.environ.update(
     {

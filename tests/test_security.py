@@ -27,10 +27,9 @@ from carrara.data.manifest import Manifest
 from carrara.data.source import expand
 from carrara.errors import UserError
 from carrara.run_folder import load_config, save_config
-from tests.data.conftest import make_loader, sample
+from tests.shards import make_loader, sample
 
 CONF = Path(__file__).parents[1] / "conf"
-pytest_plugins = ["tests.data.conftest"]
 
 
 @pytest.fixture

@@ -3,17 +3,19 @@
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from webdataset import WebDataset
 
+from carrara.autoencoder.kl import KL
 from carrara.build import usable_cache
 from carrara.command import shards
-from carrara.component import save_component
+from carrara.component import load_component, save_component
 from carrara.conditioner.pretrained import Pretrained
+from carrara.data.cached import facts_of
 from carrara.data.module import ShardData
 from carrara.data.reader import Use
 from carrara.errors import UserError
@@ -22,7 +24,6 @@ from tests.tiny import diffusion_model, kl, objective, unet
 
 CONF = Path(__file__).parents[2] / "conf"
 RESOLUTION = 16
-pytest_plugins = ["tests.data.conftest"]
 NODE = {
     "_target_": "carrara.autoencoder.kl.KL", "latent_channels": 4, "downsampling": 4, "channels": [8, 16],
     "num_blocks": 1, "patch": 2,
@@ -77,16 +78,15 @@ def make(write_shard, sample, parts, tmp_path, monkeypatch):
     return run
 
 
-def data(tmp_path: Path, urls: str, **changes) -> ShardData:
-    settings = {"val_samples": 4, "cache_dir": str(tmp_path / "index"), "memory_limit": 0}
+def data(tmp_path: Path, urls: str, **changes: Any) -> ShardData:
+    settings: dict[str, Any] = {"val_samples": 4, "cache_dir": str(tmp_path / "index"), "memory_limit": 0}
     return ShardData("cached", urls, RESOLUTION, **settings | changes)
 
 
 def model(parts: Path, text: bool = True):
     torch.manual_seed(0)
-    from carrara.component import load_component
-
     autoencoder = load_component(parts / "autoencoder", "autoencoder")[0]
+    assert isinstance(autoencoder, KL)
     conditioner = Pretrained(str(parts / "clip"), WIDTH, 16) if text else None
     changes = {} if conditioner is None else {"conditioner": conditioner}
     return diffusion_model(
@@ -117,16 +117,20 @@ def test_the_losses_are_those_without_a_cache(make, parts, tmp_path, text, dtype
     assert len(set(pictures)) == len(pictures)
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {member.name: file.read() for member in tar if (file := tar.extractfile(member)) is not None}
+
+
 def test_shards_hold_what_they_held_and_the_cache(make, capsys):
     folder = make()
     told = capsys.readouterr().out.splitlines()[-1]
     assert told == "3 of 3 shards made now, in cached; samples left out: no_caption 1, not_an_image 1"
-    with tarfile.open(folder / "0.tar") as cached, tarfile.open("plain/0.tar") as plain:
-        members = {member.name: cached.extractfile(member).read() for member in cached}
-        for member in plain:
-            assert members.pop(member.name) == plain.extractfile(member).read()
-        assert sorted(members) == [f"{k:03d}.cache.npz" for k in range(12)]
-        facts = json.loads(str(np.load(cached.extractfile("003.cache.npz"), allow_pickle=False)["facts"]))
+    members = contents(folder / "0.tar")
+    for name, content in contents(Path("plain/0.tar")).items():
+        assert members.pop(name) == content
+    assert sorted(members) == [f"{k:03d}.cache.npz" for k in range(12)]
+    facts = json.loads(facts_of(members["003.cache.npz"]))
     assert facts["resolution"] == RESOLUTION and facts["crop"] == "center" and facts["max_length"] == 16
     assert all(len(facts[name]) == 64 for name in ("autoencoder", "encoder", "tokenizer"))
     keys = [sample["__key__"] for sample in WebDataset(str(folder / "1.tar"), shardshuffle=False)]
@@ -180,7 +184,11 @@ def test_a_cache_is_used_where_it_fits(make, parts, tmp_path):
 )
 def test_a_cache_of_something_else_is_refused_by_the_field(make, parts, tmp_path, field, changes):
     folder = make()
-    settings = {"val_samples": 4, "cache_dir": str(tmp_path / "index"), "crop": changes.get("crop", "center")}
+    settings: dict[str, Any] = {
+        "val_samples": 4,
+        "cache_dir": str(tmp_path / "index"),
+        "crop": changes.get("crop", "center"),
+    }
     there = ShardData("x", f"{folder}/*.tar", changes.get("resolution", RESOLUTION), **settings)
     conditioner = Pretrained(str(parts / changes.get("text", "clip")), WIDTH, changes.get("max_length", 16))
     modules = {"autoencoder": model(parts).autoencoder, "conditioner": conditioner}

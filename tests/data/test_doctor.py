@@ -10,7 +10,7 @@ from carrara.data import doctor as doctor_module
 from carrara.data.cache import ShardCache
 from carrara.data.doctor import Health, examine
 from carrara.data.reader import Decoding
-from tests.data.conftest import png
+from tests.shards import png
 
 
 def look(tmp_path, *paths: Path, caption: str | None = ".txt", filters=None, processes: int = 1, **decoding) -> Health:

@@ -19,7 +19,7 @@ def contents(path, index):
     data = path.read_bytes()
     found = {}
     for key, members in zip(index.keys.tolist(), index.members.tolist(), strict=True):
-        found[key.decode()] = tuple(data[o : o + s] if s >= 0 else None for o, s in members)
+        found[key.decode()] = tuple(data[o : o + s] if s >= 0 else None for o, s in members[:3])
     return found
 
 

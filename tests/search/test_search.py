@@ -18,8 +18,6 @@ from carrara.search.embeddings import Embeddings, embed_shards
 from carrara.search.index import Approximate, Exact, near_duplicates, open_index
 from tests.tiny import evaluator_model
 
-pytest_plugins = ["tests.data.conftest"]
-
 
 class Rows(Embeddings):
     """Embeddings that are given."""
