@@ -1,6 +1,8 @@
 """The loader: the same global batches whatever the ranks, workers, start and memory."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -155,3 +157,33 @@ def test_flips_mirror_half_of_the_pictures_wherever_they_are_cropped(loader, wri
     for left in range(3):
         for edge in ([left, left + 7], [left + 7, left]):
             assert 60 < (edges == torch.tensor(edge)).all(1).sum() < 140
+
+
+_PEAK = """
+import resource, sys, itertools
+from carrara.data.module import ShardData
+data = ShardData("x", sys.argv[1], 32, cache_dir=sys.argv[2], val_samples=1, memory_limit=0, shuffle_window=4)
+for batch in itertools.islice(data.train_loader(50), 60):
+    pass
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_shards(write_shard, sample, tmp_path):
+    """F1: the peak of a process that has read the same number of samples of 10 and of 100 shards of 300."""
+    noise = np.random.default_rng(0)
+    for s in range(100):
+        samples = {}
+        for k in range(300):
+            buffer = io.BytesIO()
+            Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+            samples[f"{k:05d}"] = {**sample(k), "png": buffer.getvalue()}
+        write_shard(f"{s:03d}.tar", samples)
+    peaks = []
+    for spec in ("00?.tar", "*.tar"):
+        command = [sys.executable, "-c", _PEAK, str(tmp_path / spec), str(tmp_path / "cache")]
+        for _ in range(2):  # the first makes the index
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < 1.05 * peaks[0]

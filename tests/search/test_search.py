@@ -15,7 +15,7 @@ from carrara.errors import UserError
 from carrara.search import embeddings as embeddings_module
 from carrara.search import index as index_module
 from carrara.search.embeddings import Embeddings, embed_shards
-from carrara.search.index import Approximate, Exact, near_duplicates, open_index
+from carrara.search.index import Approximate, Exact, near_duplicates, open_index, recall
 from tests.tiny import evaluator_model
 
 
@@ -33,10 +33,6 @@ def clustered(count: int, width: int, seed: int = 0) -> np.ndarray:
     centres = rng.normal(size=(1000, width))
     rows = centres[rng.integers(0, 1000, count)] + 0.5 * rng.normal(size=(count, width))
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def recall(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.mean([len(set(f) & set(w)) / len(w) for f, w in zip(found.tolist(), wanted.tolist(), strict=True)]))
 
 
 def test_rows_and_blocks_are_those_of_the_shards():
@@ -64,7 +60,7 @@ def test_exact_search_is_a_sort_of_all_cosines():
 
 def test_the_approximate_neighbours_are_the_exact_ones(tmp_path):
     held = Rows(clustered(30_000, 32))
-    Approximate.build(held, tmp_path / "x.faiss")
+    Approximate.build(held, tmp_path / "x.faiss", clustered(64, 32, seed=3).astype(np.float32))
     pictures = held.rows(np.arange(200)) + 0.05 * np.random.default_rng(2).normal(size=(200, 32)).astype(np.float32)
     elsewhere = clustered(200, 32, seed=1).astype(np.float32)  # as sentences are
     for queries in (pictures, elsewhere):
@@ -78,10 +74,14 @@ def test_the_approximate_neighbours_are_the_exact_ones(tmp_path):
 def test_many_rows_get_an_index_that_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "EXACT_UP_TO", 1000)
     held = Rows(clustered(3000, 16))
-    assert isinstance(open_index(Rows(clustered(999, 16)), tmp_path, "a"), Exact)
-    assert isinstance(open_index(held, tmp_path, "b"), Approximate)
+
+    def none() -> np.ndarray:
+        return np.empty((0, 16), dtype=np.float32)
+
+    assert isinstance(open_index(Rows(clustered(999, 16)), tmp_path, "a", none), Exact)
+    assert isinstance(open_index(held, tmp_path, "b", none), Approximate)
     monkeypatch.setattr(Approximate, "build", lambda *_: pytest.fail("built again"))
-    open_index(held, tmp_path, "b")
+    open_index(held, tmp_path, "b", none)
 
 
 def test_near_duplicates_are_found_in_groups():

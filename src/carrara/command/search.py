@@ -25,6 +25,7 @@ from carrara.search.index import near_duplicates, open_index
 
 _log = logging.getLogger(__name__)
 _COLUMNS = 8
+_SENTENCES = 64  # that an index is tuned by
 
 
 def search(order: Config) -> None:
@@ -52,7 +53,12 @@ def search(order: Config) -> None:
     if embeddings is None:
         raise UserError("not all shards are embedded yet: ask again when the other processes are done")
     name = hashlib.sha256("".join(shard.digest for shard in data.manifest.shards).encode()).hexdigest()[:16]
-    index = open_index(embeddings, place, name)
+
+    def sentences() -> NDArray[np.float32]:
+        captions = [caption for caption in data.captions(_SENTENCES) if caption]
+        return embed_texts(evaluator, captions) if captions else np.empty((0, embeddings.width), dtype=np.float32)
+
+    index = open_index(embeddings, place, name, sentences)
     out = Path(order["out"] or Path(order["runs_dir"]) / "search" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     out.mkdir(parents=True, exist_ok=True)
     if asked == ["duplicates"]:

@@ -1,8 +1,9 @@
 """The nearest rows of embeddings: all compared, or by an inverted file of product codes (IVF-PQ) and then compared."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
@@ -14,7 +15,8 @@ Found = tuple[NDArray[np.float32], NDArray[np.int64]]  # (Q, k) cosines, falling
 
 EXACT_UP_TO = 200_000  # rows: comparing with all takes some hundredths of a second
 _PER_LIST = 40  # rows that each list is trained on
-_PROBES = 256  # lists that are looked into: a sentence lies apart from all pictures, and near none of their lists
+_RECALL = 0.995  # of the ten nearest of the queries an index is tuned by
+_TUNED_BY = 64  # of its own rows, besides the queries it is given
 _CANDIDATES = 50  # times k, by their codes, are compared by their rows
 
 
@@ -44,32 +46,31 @@ class Exact:
 class Approximate:
     """IVF-PQ (Jégou et al. 2011): the lists nearest to a query, candidates by their codes, the best by their rows.
 
-    A row's code takes a quarter of a byte a feature at least; the file is mapped, not read.
+    Codes are of four bits for every two features. How many lists are looked into is found out when it is built.
     """
 
     def __init__(self, path: Path, embeddings: Embeddings) -> None:
         self.embeddings = embeddings
-        index = cast(Any, faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY))
-        index.nprobe = min(_PROBES, index.nlist)
-        self.index = index
+        self.index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
 
-    @staticmethod
-    def build(embeddings: Embeddings, path: Path, seed: int = 0) -> None:
-        """Writes the file, atomically."""
+    @classmethod
+    def build(cls, embeddings: Embeddings, path: Path, queries: NDArray[np.float32], seed: int = 0) -> None:
+        """Writes the file, atomically.
+
+        It looks into as many lists as find `_RECALL` of the true neighbours both of some rows and of `queries` (Q, D),
+        what will be asked: a sentence lies apart from all pictures, and its neighbours in many lists.
+        """
         width, count = embeddings.width, len(embeddings)
         lists = max(1, min(65_536, 2 ** round(np.log2(np.sqrt(count)))))
-        pieces = next(
-            pieces for pieces in (width // 4, width // 8, width // 2, width) if pieces and width % pieces == 0
-        )
-        index: Any = faiss.index_factory(width, f"IVF{lists},PQ{pieces}", faiss.METRIC_INNER_PRODUCT)
+        index: Any = faiss.index_factory(width, f"IVF{lists},PQ{width // 2}x4fs", faiss.METRIC_INNER_PRODUCT)
         index.cp.seed, index.cp.niter = seed, 10
-        index.pq.cp.niter = 10
-        chosen = np.sort(
-            np.random.default_rng(seed).choice(count, min(count, max(lists * _PER_LIST, 20_000)), replace=False)
-        )
-        index.train(embeddings.rows(chosen))
+        rng = np.random.default_rng(seed)
+        trained_on = min(count, max(lists * _PER_LIST, 20_000))
+        index.train(embeddings.rows(np.sort(rng.choice(count, trained_on, replace=False))))
         for _, rows in embeddings.blocks():
             index.add(rows)
+        own = embeddings.rows(np.sort(rng.choice(count, min(count, _TUNED_BY), replace=False)))
+        _tune(index, embeddings, [own, queries])
         temporary = path.with_name(f".{path.name}.partial")
         try:
             faiss.write_index(index, str(temporary))
@@ -78,20 +79,42 @@ class Approximate:
             temporary.unlink(missing_ok=True)
 
     def search(self, queries: NDArray[np.float32], k: int) -> Found:
-        _, candidates = self.index.search(np.ascontiguousarray(queries, dtype=np.float32), _CANDIDATES * k)
-        flat = self.embeddings.rows(candidates.reshape(-1)).reshape(*candidates.shape, -1)
-        scores = np.einsum("qd,qcd->qc", queries, flat)
-        scores[candidates < 0] = -np.inf
-        return _best(scores, candidates, k)
+        return _search(self.index, self.embeddings, queries, k)
 
 
-def open_index(embeddings: Embeddings, folder: Path, name: str) -> Index:
-    """Exact for few rows; else approximate, built once under this name."""
+def _search(index: Any, embeddings: Embeddings, queries: NDArray[np.float32], k: int) -> Found:
+    _, candidates = index.search(np.ascontiguousarray(queries, dtype=np.float32), min(_CANDIDATES * k, len(embeddings)))
+    flat = embeddings.rows(candidates.reshape(-1)).reshape(*candidates.shape, -1)
+    scores = np.einsum("qd,qcd->qc", queries, flat)
+    scores[candidates < 0] = -np.inf
+    return _best(scores, candidates, k)
+
+
+def _tune(index: Any, embeddings: Embeddings, kinds: Sequence[NDArray[np.float32]]) -> None:
+    """Sets how many lists are looked into."""
+    kinds = [queries for queries in kinds if len(queries)]
+    wanted = [Exact(embeddings).search(queries, 10)[1] for queries in kinds]
+    index.nprobe = 8
+    while index.nprobe < index.nlist:
+        found = [_search(index, embeddings, queries, 10)[1] for queries in kinds]
+        if all(recall(f, w) >= _RECALL for f, w in zip(found, wanted, strict=True)):
+            return
+        index.nprobe = min(2 * index.nprobe, index.nlist)
+
+
+def recall(found: NDArray[np.int64], wanted: NDArray[np.int64]) -> float:
+    """Share of the wanted ids (Q, k) that were found."""
+    shared = [len(set(f) & set(w)) for f, w in zip(found.tolist(), wanted.tolist(), strict=True)]
+    return sum(shared) / wanted.size
+
+
+def open_index(embeddings: Embeddings, folder: Path, name: str, queries: Callable[[], NDArray[np.float32]]) -> Index:
+    """Exact for few rows; else approximate, built once under this name and tuned by `queries`."""
     if len(embeddings) <= EXACT_UP_TO:
         return Exact(embeddings)
     path = folder / f"{name}.faiss"
     if not path.exists():
-        Approximate.build(embeddings, path)
+        Approximate.build(embeddings, path, queries())
     return Approximate(path, embeddings)
 
 
