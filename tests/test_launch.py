@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from carrara import launch as launch_module
 from carrara.launch import launch, physical_cores
 
 SRC = Path(__file__).parents[1] / "src"
@@ -133,7 +134,50 @@ cli(main)
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_suspended_rank_is_ended_with_the_others(tmp_path, monkeypatch, capfd):
+    """It hears no signal but KILL."""
+    monkeypatch.setattr(launch_module, "_TO_END", 4)
+    body = """
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        wait_for(folder / "ready_1")
+        raise ConnectionError("rank 1 does not answer")
+    """
+    folder = write_worker(tmp_path, body, monkeypatch)
+    start = time.monotonic()
+    assert launch(folder, 2, module="stub_worker") == 1
+    assert time.monotonic() - start < 20
+    assert [pid for pid in pids(folder) if alive(pid)] == []
+    assert "rank 1 does not answer" in capfd.readouterr().err
+
+
+FAILS = """
+    attempt = len(list(folder.glob("attempt_*_0")))
+    (folder / f"attempt_{attempt}_{rank}").touch()
+    if rank == 0 and attempt < %d:
+        %s
+"""
+
+
+@pytest.mark.parametrize("failure", ["os.kill(os.getpid(), signal.SIGKILL)", "raise ZeroDivisionError", "sys.exit(7)"])
+@pytest.mark.parametrize(("failures", "max_restarts"), [(1, 1), (2, 3), (2, 1)])
+def test_what_failed_is_started_again(tmp_path, monkeypatch, failure, failures, max_restarts):
+    folder = write_worker(tmp_path, FAILS % (failures, failure), monkeypatch)
+    code = launch(folder, 2, module="stub_worker", max_restarts=max_restarts)
+    assert (code == 0) == (max_restarts >= failures)
+    assert len(list(folder.glob("attempt_*_0"))) == 1 + min(failures, max_restarts)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [('raise UserError("no such shard")', 2), ("sys.exit(128 + 15)", 143), ("sys.exit(128 + 10)", 138)]
+)
+def test_a_mistake_and_a_signal_are_not_started_again(tmp_path, monkeypatch, end, code):
+    folder = write_worker(tmp_path, FAILS % (9, end), monkeypatch)
+    assert launch(folder, 1, module="stub_worker", max_restarts=3) == code
+    assert len(list(folder.glob("attempt_*_0"))) == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_the_ranks(tmp_path, monkeypatch, signum):
     body = """
         try:

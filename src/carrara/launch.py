@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch.distributed.launcher.api
@@ -38,11 +39,23 @@ class _Agent(LocalElasticAgent):
     A process that hangs or is suspended does not hear the others' end, and is killed after that time.
     """
 
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        workers = super()._start_workers(worker_group)
+        processes = self._pcontext
+        assert processes is not None
+        close = processes.close
+
+        def close_soon(death_sig: signal.Signals | None = None, timeout: int = _TO_END) -> None:
+            close(death_sig, timeout)
+
+        processes.close = close_soon  # type: ignore[method-assign]  # which it calls itself when one has failed
+        return workers
+
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         if self._pcontext:
-            self._pcontext.close(signal.SIGTERM, _TO_END)
+            self._pcontext.close()
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _TO_SAVE) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
         if self._pcontext:
             self._pcontext.close(death_sig, _TO_SAVE)
 
