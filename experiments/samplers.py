@@ -32,6 +32,7 @@ def main(run: Path, num_images: int = 512) -> None:
             axis.plot(CALLS, [one[column] for one in values], marker="o", label=name)
         axis.set(xscale="log", xlabel="calls of the network", title=title)
         axis.set_xticks(CALLS, [str(n) for n in CALLS])
+        axis.set_xticks([], minor=True)
     axes[0].set_yscale("log")
     axes[1].legend(fontsize=8)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)

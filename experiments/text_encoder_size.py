@@ -35,7 +35,8 @@ def main() -> None:
     for (unet, channels), style in zip(UNETS.items(), ("--", "-"), strict=True):
         for k, name in enumerate([BAG, *ENCODERS]):
             overrides = ["experiment=text_encoder_size", f"network.channels=[{channels}]", *encoder(name)]
-            run = trained("text_encoder_size", f"{unet} {name}".replace(" ", ""), overrides)
+            label = f"{channels}-{name}".replace(" × ", "x").replace(" ", "_")
+            run = trained("text_encoder_size", label, overrides)
             found = [scores(run, NUM_IMAGES, {"guidance_scale": scale}) for scale in SCALES]
             # the scale is chosen on captions of seen combinations, and judged on the held-out ones
             best = max(found, key=lambda one: one["val_seen/prompt_accuracy/all"])
