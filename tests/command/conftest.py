@@ -86,6 +86,7 @@ TRAINER = """
     accumulate: 1
     max_steps: ???
     epoch_samples: null
+    max_restarts: 0
 """
 FILES = {
     "trainer/default.yaml": TRAINER,
