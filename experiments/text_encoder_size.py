@@ -14,14 +14,17 @@ ENCODERS = {  # depth, width, heads of a frozen masked language model
     "2 × 64": (2, 64, 4),
     "4 × 128": (4, 128, 4),
 }
-BAG = "bag of words"  # a trained vector a word, and no position: order-blind
+ALONG = {  # trained along with the U-Net
+    "bag of words": ["conditioner.depth=0"],  # a vector a word, and no position: order-blind
+    "transformer": [],
+}
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 NUM_IMAGES = 256
 
 
 def encoder(name: str) -> list[str]:
-    if name == BAG:
-        return ["conditioner=text", "conditioner.depth=0"]
+    if name in ALONG:
+        return ["conditioner=text", *ALONG[name]]
     depth, width, heads = ENCODERS[name]
     sizes = {"depth": depth, "width": width, "heads": heads}
     return ["conditioner=language_model", *(f"size.language_model.{key}={value}" for key, value in sizes.items())]
@@ -33,7 +36,7 @@ def main() -> None:
     figure, axis = plt.subplots(figsize=(7, 5), constrained_layout=True)
     rows = []
     for (unet, channels), style in zip(UNETS.items(), ("--", "-"), strict=True):
-        for k, name in enumerate([BAG, *ENCODERS]):
+        for k, name in enumerate([*ALONG, *ENCODERS]):
             overrides = ["experiment=text_encoder_size", f"network.channels=[{channels}]", *encoder(name)]
             label = f"{channels}-{name}".replace(" × ", "x").replace(" ", "_")
             run = trained("text_encoder_size", label, overrides)

@@ -22,7 +22,7 @@ TINY = [
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
     "data.make.num_train=64",
-    "data.make.num_val=16",
+    "data.make.num_val=24",
     "data.make.num_val_seen=8",
     "size.autoencoder.channels=[16,16]",
     "size.autoencoder.max_steps=2",
@@ -149,20 +149,32 @@ def test_a_weaker_checkpoint_guides(workplace: tuple[Path, Path]) -> None:
     assert len(hashes) == 3
 
 
-def test_evaluate_run_repeats_the_runs_scores_on_one_and_two_ranks(workplace: tuple[Path, Path]) -> None:
+def test_evaluate_run_repeats_the_runs_scores(workplace: tuple[Path, Path]) -> None:
+    cwd, folder = workplace
+    done = run(
+        "evaluate.py", f"run={folder}", "trainer.accelerator=cpu", "trainer.precision=32-true", "batch_size=4",
+        f"out={cwd / 'again'}", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, value in json.loads((cwd / "again" / "scores.json").read_text())["scores"].items():
+        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_scores_are_the_same_on_any_number_of_ranks(workplace: tuple[Path, Path]) -> None:
+    """F8: 21 samples on 1, 2 and 3 ranks, in chunks of 4, so that no rank has as many as another."""
     cwd, folder = workplace
     scores = []
-    for devices in (1, 2):
+    for devices in (1, 2, 3):
         done = run(
             "evaluate.py", f"run={folder}", f"trainer.devices={devices}", "trainer.accelerator=cpu",
-            "trainer.precision=32-true", "batch_size=4", f"out={cwd / f'eval{devices}'}", cwd=cwd,
+            "trainer.precision=32-true", "batch_size=4", "num_images=21", f"out={cwd / f'eval{devices}'}", cwd=cwd,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         scores.append(json.loads((cwd / f"eval{devices}" / "scores.json").read_text()))
-    assert scores[0]["hash"] == scores[1]["hash"]
-    for name, value in scores[0]["scores"].items():
-        assert scores[1]["scores"][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
-        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert scores[0]["num_images"]["val/num_images"] == 21
+    for other in scores[1:]:
+        assert other["hash"] == scores[0]["hash"]
+        assert other["scores"] == pytest.approx(scores[0]["scores"], rel=1e-6, abs=1e-9)
 
 
 def test_evaluate_folder_of_pictures(workplace: tuple[Path, Path]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from carrara.build import build_sampling
+from carrara.build import build_objective, build_sampling, doubtful_start
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO
 from carrara.config import compose
 from carrara.errors import UserError
@@ -145,3 +145,25 @@ def test_a_weak_model_of_something_else_is_refused(config, tmp_path, monkeypatch
     )
     with pytest.raises(UserError, match=f"weak=weak cannot guide this run: .*{message}"):
         load_weak("weak", config, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "target", "thresholding", "doubtful"),
+    [
+        ("cosine", "epsilon", "unbounded", True),
+        ("cosine_table", "score", "unbounded", True),
+        ("cosine", "v", "unbounded", False),
+        ("cosine", "epsilon", "static", False),
+        ("linear", "epsilon", "unbounded", False),
+        ("edm", "epsilon", "unbounded", False),
+        ("flow", "flow", "unbounded", False),
+    ],
+)
+def test_a_start_from_next_to_nothing_is_told(schedule, target, thresholding, doubtful):
+    """Measured: experiments/README.md, objectives."""
+    parts = [f"schedule={schedule}", f"parameterization={target}", f"thresholding={thresholding}"]
+    config = compose(CONF, "train", ["model=pixel_unet", *(f"diffusion/{part}" for part in parts)]).config
+    told = doubtful_start(build_objective(config), build_sampling(config, PIXELS))
+    assert (told is not None) == doubtful
+    if told is not None:
+        assert target in told and "expect noise" in told

@@ -25,6 +25,7 @@ from carrara.model.base import Model
 from carrara.pipeline.text_to_image import Sampling, TextToImage
 from carrara.run_folder import component_folder, is_finished, load_config
 
+_HOPELESS = 1000.0  # sigma / alpha; the linear schedule of DDPM begins at 157, Stable Diffusion's at 15
 ARCHITECTURES = (
     "network", "conditioner", "language_model", "autoencoder", "evaluator", "classifier"
 )  # fmt: skip
@@ -56,6 +57,23 @@ def build_sampling(config: Config, autoencoder: Autoencoder, weak: TextToImage |
     except ValueError as error:
         raise UserError(f"diffusion.spacing: {error}") from None
     return Sampling(sampler, times, guidance, thresholding, weak)
+
+
+def doubtful_start(objective: Objective, sampling: Sampling) -> str | None:
+    """What to expect where a target that tells nothing of x0 meets a first step of next to no signal; None if nothing.
+
+    Not singular, but an error of the network counts sigma / alpha times in the first estimate of x0.
+    """
+    alpha, sigma = (of(sampling.times[:1].double()) for of in (objective.schedule.alpha, objective.schedule.sigma))
+    says_of_x0, _ = objective.parameterization.weights(alpha, sigma)
+    if says_of_x0.any() or sigma < _HOPELESS * alpha or not isinstance(sampling.thresholding, Unbounded):
+        return None
+    name, schedule = objective.parameterization.name, type(objective.schedule).__name__
+    return (
+        f"diffusion: {name} with the {schedule} schedule multiplies the network's error by {float(sigma / alpha):,.0f} "
+        "in the first estimate of x0, and nothing bounds it: expect noise. Take parameterization v, x0 or flow, the "
+        "linear or scaled_linear schedule, or in pixels a thresholding"
+    )
 
 
 def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:

@@ -136,14 +136,15 @@ def _check_modules(config: Config) -> None:
     """What cannot be built, or does not fit, is told now, not after the parts are trained."""
     from carrara.architecture import check_fit, meta_modules
     from carrara.autoencoder.base import Autoencoder
-    from carrara.build import build_objective, build_sampling
+    from carrara.build import build_objective, build_sampling, doubtful_start
 
     modules, _ = meta_modules(config)
     if "diffusion" in config:
-        build_objective(config)
-        autoencoder = modules["autoencoder"]
+        objective, autoencoder = build_objective(config), modules["autoencoder"]
         assert isinstance(autoencoder, Autoencoder)
-        build_sampling(config, autoencoder)
+        doubt = doubtful_start(objective, build_sampling(config, autoencoder))
+        if doubt is not None:
+            _log.warning("%s", doubt)
     check_fit(config, modules)
 
 
