@@ -213,6 +213,56 @@ def test_a_cut_picture_is_an_error_wherever_it_is_cut(format):
             decode_image(data[:end], 16)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 3)])
+@pytest.mark.parametrize("crop", ["center", "random", "none"])
+def test_the_thinnest_pictures_are_pictures(size, crop):
+    found = decode_image(encode(Image.new("RGB", size, (10, 20, 30))), 16, crop, (0.7, 0.7))
+    assert found.shape == (3, 16, 16) and close(found, [10, 20, 30])
+
+
+def test_grey_with_transparency_is_laid_on_white():
+    pixels = np.zeros((8, 8, 2), dtype=np.uint8)
+    pixels[:4] = (100, 255)
+    pixels[4:] = (0, 0)
+    found = decode_image(encode(Image.fromarray(pixels, "LA")), 8)
+    assert close(found[:, :4], [100] * 3) and close(found[:, 4:], [255] * 3)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_of_an_animation_the_first_picture_is_taken(format):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+    buffer = io.BytesIO()
+    options = {"lossless": True} if format == "WEBP" else {}
+    frames[0].save(buffer, format, save_all=True, append_images=frames[1:], duration=100, **options)
+    assert Image.open(io.BytesIO(buffer.getvalue())).n_frames == 3
+    assert close(decode_image(buffer.getvalue(), 8), [200, 0, 0])
+
+
+def test_a_wrong_checksum_in_a_png_is_an_error():
+    data = bytearray(encode(Image.fromarray(picture(16, 16)), "PNG"))
+    place = data.index(b"IDAT")
+    length = int.from_bytes(data[place - 4 : place], "big")
+    data[place + 4 + length] ^= 1
+    with pytest.raises(DecodeError, match="broken_image"):
+        decode_image(bytes(data), 8)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
+        b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>",
+        b"<!DOCTYPE html><html><body>404</body></html>",
+        b"GIF89a" + bytes(60),
+        b"",
+        b"\xff\xd8\xff",
+    ],
+)
+def test_what_only_has_the_name_of_a_picture_is_none(data):
+    with pytest.raises(DecodeError, match=r"not_an_image|broken_image"):
+        decode_image(data, 8)
+
+
 def test_flipped_bytes_are_an_error_or_a_picture():
     rng = np.random.default_rng(0)
     for format in ("JPEG", "PNG", "WEBP"):
@@ -234,6 +284,10 @@ def test_flipped_bytes_are_an_error_or_a_picture():
         (b"\xef\xbb\xbfa cat", "a cat"),
         (b"caf\xe9", "caf\N{REPLACEMENT CHARACTER}"),
         (b"", ""),
+        (b" \n\t\r ", ""),
+        ("קטן ואדום مثلث".encode(), "קטן ואדום مثلث"),
+        (b"a cat " * 17_000, ("a cat " * 17_000).strip()),
+        (b"\xff\xfe\xfd", "\N{REPLACEMENT CHARACTER}" * 3),
     ],
 )
 def test_captions_are_clean_text(data, text):

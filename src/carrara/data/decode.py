@@ -83,6 +83,9 @@ def _decode(data: bytes, target: tuple[int, int], crop: Crop, u: Sequence[float]
     if image.width * image.height > max_pixels:
         raise DecodeError("too_many_pixels")
     try:
+        if image.format == "PNG":  # Pillow does not look at the checksums of pixels by itself
+            image.verify()
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
         orientation = _orientation(image)
         width, height = image.size
         scale = 1.0
