@@ -204,6 +204,35 @@ def test_known_shards_are_trained_on_without_their_server(server, urls, tmp_path
     assert len(set(seen)) == 54 and len(list(data.captions())) == 54
 
 
+def test_shards_are_there_before_they_are_needed(server, urls, tmp_path, value_of):
+    """With a server that takes its time: after the first window nothing is waited for."""
+    scan_all(urls, tmp_path / "cache", cache=ShardCache(tmp_path / "cache", 1e9))
+    cache = ShardCache(tmp_path / "elsewhere", 1e9)
+    manifest = Manifest.load(urls, tmp_path / "cache")
+    reader = ShardReader(manifest, 2, cache)
+    reader.prefetch(np.array([2, 4]))
+    reader.prefetch(np.array([2, 4]))
+    for shard in (2, 4):
+        for _ in range(200):
+            if cache.path(urls[shard]).exists():
+                break
+            time.sleep(0.05)
+        assert cache.path(urls[shard]).exists()
+    assert not cache.path(urls[1]).exists()
+    assert [server.gets[f"{k}.tar"] for k in range(6)] == [1, 1, 2, 1, 2, 1]
+    server.shutdown()
+    assert value_of(Samples(reader, Decoding(8, ".txt")).load(45).image) == 45
+
+
+def test_what_cannot_be_fetched_ahead_is_told_when_it_is_opened(server, urls, tmp_path):
+    scan_all(urls, tmp_path / "cache", cache=ShardCache(tmp_path / "cache", 1e9))
+    reader = ShardReader(Manifest.load(urls, tmp_path / "cache"), 2, ShardCache(tmp_path / "elsewhere", 1e9))
+    (server.folder / "2.tar").unlink()
+    reader.prefetch(np.array([2]))
+    with pytest.raises(UserError, match=r"2\.tar: there is nothing at this address"):
+        reader.read(25, 0)
+
+
 def test_with_little_room_shards_come_and_go(server, urls, tmp_path, value_of):
     size = (server.folder / "0.tar").stat().st_size
     cache = ShardCache(tmp_path / "cache", 2.5 * size)

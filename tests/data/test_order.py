@@ -92,6 +92,21 @@ def test_groups_that_cannot_be_dealt_are_refused():
         stream(window=0)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("window", [2, 4, 100])
+def test_the_shards_ahead_are_those_of_the_next_window(window, groups):
+    """Every shard is told before it is read, but those of the first windows (and of one that a single batch reads)."""
+    one = stream(window=window, groups=groups, global_batch=2)
+    told: set[int] = set()
+    missed: set[int] = set()
+    for position in range(0, 4 * len(one), 2):
+        shards = set((np.searchsorted(STARTS, one.take(position, position + 2), side="right") - 1).tolist())
+        missed |= shards - told - missed if position >= len(one) else set()
+        told |= set(one.ahead(position).tolist())
+        assert len(one.ahead(position)) <= window * groups
+    assert not missed and told == {0, 2, 3, 4, 5, 6}
+
+
 def test_a_substitute_is_eligible_and_always_the_same():
     found = [stream().substitute(p, a) for p in range(200) for a in range(3)]
     assert found == [stream().substitute(p, a) for p in range(200) for a in range(3)]

@@ -142,6 +142,11 @@ class BucketedStream:
         """Of the pictures of the global batch that this position is in."""
         return self.sizes[self.turns.at(position // self.global_batch)[0]]
 
+    def ahead(self, position: int) -> NDArray[np.int64]:
+        """As of `Stream`, for the bucket of this position."""
+        bucket, i = self.turns.at(position // self.global_batch)
+        return self.streams[bucket].ahead(i * self.global_batch)
+
     def substitute(self, position: int, attempt: int) -> int:
         """As of `Stream`, of the same bucket."""
         bucket, _ = self.turns.at(position // self.global_batch)

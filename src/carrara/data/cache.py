@@ -6,13 +6,14 @@ import logging
 import os
 import tempfile
 import time
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
 import aiohttp
 import fsspec
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from carrara.errors import MachineError, UserError
 
@@ -63,10 +64,20 @@ class ShardCache:
             MachineError: it cannot be fetched now.
         """
         path = self.path(url)
-        if self._is_there(path, size):
-            return path
+        if not self._is_there(path, size):
+            self._fetch(url, path, size, sha256, patience=-1)
+        return path
+
+    def prefetch(self, url: str, size: int, sha256: str) -> None:
+        """A copy for later, unless somebody else is fetching it. What fails is told when it is opened."""
+        path = self.path(url)
+        if not self._is_there(path, size):
+            with suppress(Timeout, UserError, MachineError, OSError):
+                self._fetch(url, path, size, sha256, patience=0)
+
+    def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None, patience: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.parent / "fetch.lock"):
+        with FileLock(path.parent / "fetch.lock", timeout=patience):
             if not self._is_there(path, size):
                 with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
                     try:
@@ -81,7 +92,6 @@ class ShardCache:
                         os.unlink(partial.name)
                         raise
                 self._make_room(path)
-        return path
 
     def _is_there(self, path: Path, size: int | None) -> bool:
         try:

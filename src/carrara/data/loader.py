@@ -18,7 +18,7 @@ from webdataset import DataPipeline
 from carrara.data.buckets import BucketedStream
 from carrara.data.cached import Cached
 from carrara.data.order import Stream, uniforms
-from carrara.data.reader import Samples
+from carrara.data.reader import Samples, ShardReader
 from carrara.errors import MachineError, UserError
 
 Batch = dict[str, Any]
@@ -64,8 +64,9 @@ class Share:
 class OrderedSource:
     """First stage, endless: {position, sample (its id), u (uniforms), size}; worker w has micro-batches w + i·W."""
 
-    def __init__(self, stream: AnyStream, share: Share, first: int) -> None:
-        self.stream, self.share, self.first = stream, share, first
+    def __init__(self, stream: AnyStream, share: Share, first: int, reader: ShardReader) -> None:
+        """`reader` is told which shards come next."""
+        self.stream, self.share, self.first, self.reader = stream, share, first, reader
         self.held = 0  # samples handed out and not yet in a micro-batch
 
     def __call__(self) -> Iterator[dict[str, Any]]:
@@ -75,6 +76,7 @@ class OrderedSource:
             start = self.share.start(m)
             ids = self.stream.take(start, start + self.share.size)
             draws = uniforms(self.stream.seed, start, self.share.size)
+            self.reader.prefetch(self.stream.ahead(start))
             size = self.stream.size(start) if isinstance(self.stream, BucketedStream) else None
             for position, sample, u in zip(itertools.count(start), ids.tolist(), draws.tolist(), strict=False):
                 self.held += 1
@@ -266,7 +268,7 @@ class Loader:
 
     def pipeline(self) -> DataPipeline:
         """The whole of it, from the next micro-batch on, as a worker runs it."""
-        source = OrderedSource(self.stream, self.share, self._given)
+        source = OrderedSource(self.stream, self.share, self._given, self.samples.reader)
         return DataPipeline(source, Decode(self.samples, self.stream), *self.stages, MicroBatches(source))
 
     def _start(self) -> Iterator[Batch | _Failure]:

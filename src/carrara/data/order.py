@@ -41,11 +41,22 @@ class _Epochs:
         self._order = (-1, shards, counts)  # epoch, shards in its order, first positions of its windows
         self._window = (-1, -1, shards)  # epoch, window, sample ids in order
 
+    def _shards_of(self, epoch: int) -> NDArray[np.int64]:
+        """Places in `shards`, in the epoch's order."""
+        return permutation(len(self.shards), *self.key, _SHARDS, epoch)
+
+    def ahead(self, position: int, stream: "Stream") -> NDArray[np.int64]:
+        """The shards of the window after that of this position."""
+        self.window(position, stream)
+        epoch, w, _ = self._window
+        following = self._order[1][(w + 1) * stream.window : (w + 2) * stream.window]
+        return following if len(following) else self.shards[self._shards_of(epoch + 1)][: stream.window]
+
     def window(self, position: int, stream: "Stream") -> NDArray[np.int64]:
         """Sample ids from this position to the end of its window of shards."""
         epoch, within = divmod(position, self.size)
         if self._order[0] != epoch:
-            order = permutation(len(self.shards), *self.key, _SHARDS, epoch)
+            order = self._shards_of(epoch)
             firsts = np.concatenate([[0], np.cumsum(self.counts[order])[:-1]])
             self._order = (epoch, self.shards[order], firsts[:: stream.window])
         _, shards, firsts = self._order
@@ -107,6 +118,11 @@ class Stream:
             parts.append(ids[: end - start])
             start += len(parts[-1])
         return np.concatenate(parts)
+
+    def ahead(self, position: int) -> NDArray[np.int64]:
+        """The shards that are read after the windows that this position is in, of all groups."""
+        batch = position // (self._part * len(self._groups))
+        return np.concatenate([group.ahead(batch * self._part, self) for group in self._groups])
 
     def ids(self, shard: int) -> NDArray[np.int64]:
         """Eligible sample ids of a shard."""

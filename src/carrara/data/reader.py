@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
 _READ = os.O_RDONLY | os.O_CLOEXEC
+_FETCHERS = 4  # threads of each process
 _NO_IMAGE = np.empty((3, 0, 0), dtype=np.uint8)
 TRIES = 16  # samples tried for one place in the stream
 
@@ -70,9 +72,11 @@ class ShardReader:
         self.manifest, self.capacity, self.cache = manifest, capacity, cache
         self._starts = manifest.starts
         self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._ahead: tuple[int, ...] = ()
+        self._threads: ThreadPoolExecutor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict(), "_ahead": (), "_threads": None}
 
     def __del__(self) -> None:
         for shard in self._open.values():
@@ -100,6 +104,19 @@ class ShardReader:
         if len(data) < size:  # the file was cut since it was opened
             raise DecodeError("unreadable")
         return data
+
+    def prefetch(self, shards: NDArray[np.int64]) -> None:
+        """Fetches remote shards that are read soon, in threads; told the same again, it does nothing."""
+        numbers = tuple(shards.tolist())
+        if self.cache is None or numbers == self._ahead:
+            return
+        self._ahead = numbers
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="prefetch")
+        for number in numbers:
+            shard = self.manifest.shards[number]
+            if shard.mtime_ns is None:
+                self._threads.submit(self.cache.prefetch, shard.path, shard.bytes, shard.sha256)
 
     def _opened(self, number: int) -> _Open:
         if number in self._open:
