@@ -164,6 +164,15 @@ def test_the_least_recently_used_make_room(server, tmp_path):
     assert files(cache) == ["huge.tar"]
 
 
+def test_remains_of_a_killed_process_go(server, tmp_path):
+    data, cache = serve(server, "a.tar"), ShardCache(tmp_path, 1e9)
+    folder = cache.path(server.url("a.tar")).parent
+    folder.mkdir(parents=True)
+    (folder / "x.partial").write_bytes(b"half")
+    cache.local(server.url("a.tar"), len(data))
+    assert files(cache) == ["a.tar"]
+
+
 def test_many_who_ask_at_once_fetch_once(server, tmp_path):
     serve(server, "a.tar")
     server.faults["a.tar"] = ["slow"]

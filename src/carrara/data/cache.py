@@ -78,6 +78,8 @@ class ShardCache:
     def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None, patience: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / "fetch.lock", timeout=patience):
+            for remains in path.parent.glob("*.partial"):  # of a process that was killed
+                remains.unlink()
             if not self._is_there(path, size):
                 with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as partial:
                     try:

@@ -2,10 +2,11 @@
 
 import logging
 import os
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -73,10 +74,10 @@ class ShardReader:
         self._starts = manifest.starts
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._ahead: tuple[int, ...] = ()
-        self._threads: ThreadPoolExecutor | None = None
+        self._wanted: SimpleQueue[Shard] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_ahead": (), "_threads": None}
+        return {**self.__dict__, "_open": OrderedDict(), "_ahead": (), "_wanted": None}
 
     def __del__(self) -> None:
         for shard in self._open.values():
@@ -111,12 +112,14 @@ class ShardReader:
         if self.cache is None or numbers == self._ahead:
             return
         self._ahead = numbers
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="prefetch")
-        for number in numbers:
-            shard = self.manifest.shards[number]
-            if shard.mtime_ns is None:
-                self._threads.submit(self.cache.prefetch, shard.path, shard.bytes, shard.sha256)
+        remote = [shard for shard in (self.manifest.shards[number] for number in numbers) if shard.mtime_ns is None]
+        if remote and self._wanted is None:
+            self._wanted = SimpleQueue()
+            for _ in range(_FETCHERS):  # daemons: nothing waits for them at the end
+                threading.Thread(target=_fetch_ahead, args=(self.cache, self._wanted), daemon=True).start()
+        for shard in remote:
+            assert self._wanted is not None
+            self._wanted.put(shard)
 
     def _opened(self, number: int) -> _Open:
         if number in self._open:
@@ -143,6 +146,12 @@ class ShardReader:
                 return os.dup(copy.fileno())
         except OSError as error:
             raise UserError(f"cannot read the shard {shard.path}: {error.strerror}") from None
+
+
+def _fetch_ahead(cache: ShardCache, wanted: SimpleQueue[Shard]) -> None:
+    while True:
+        shard = wanted.get()
+        cache.prefetch(shard.path, shard.bytes, shard.sha256)
 
 
 class Samples:
