@@ -282,6 +282,40 @@ def test_pixels_without_captions_or_evaluator(workplace: tuple[Path, Path], tmp_
     assert scores["val/bits_per_dim/bound"] > 0 and scores["val/bits_per_dim/ode"] > 0
 
 
+def test_shards_are_examined_encoded_searched_and_trained_on(workplace: tuple[Path, Path], tmp_path: Path) -> None:
+    cwd, _ = workplace
+    data = [setting for setting in TINY if setting.startswith("data.")]
+    (part,) = (cwd / "runs" / "components").glob("autoencoder-*")
+    (judge,) = (cwd / "runs" / "components").glob("evaluator-*")
+    health = tmp_path / "health.json"
+    done = run("shards.py", "do=doctor", *data, f"out={health}", cwd=cwd)
+    assert done.returncode == 0 and "64 that can be used + skipped: none" in done.stdout, done.stderr
+    assert json.loads(health.read_text())["ok"] == 64
+    done = run(
+        "shards.py",
+        "do=search",
+        *data,
+        "query=a red circle",
+        f"part.evaluator={judge}",
+        f"out={tmp_path}/found",
+        cwd=cwd,
+    )
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 16, done.stderr
+    done = run("shards.py", "do=cache", *data, f"part.autoencoder={part}", f"out={tmp_path}/cached", cwd=cwd)
+    assert done.returncode == 0 and "1 of 1 shards made now" in done.stdout, done.stderr
+    settings = [*TINY, f"runs_dir={tmp_path}/runs", "trainer.max_steps=2", f"part.evaluator={judge}"]
+    cached = [f"part.autoencoder={part}", f"data.urls={tmp_path}/cached/*.tar"]
+    done = run("train.py", *settings, *cached, cwd=cwd)
+    assert done.returncode == 0 and "training on the latents in the shards" in done.stderr, done.stderr
+    done = run("train.py", *settings, *cached, "data.crop=none", cwd=cwd)
+    assert done.returncode == 2 and "made with crop=center" in done.stderr
+    (cwd / "bad").mkdir()
+    content = (cwd / "data" / "shapes" / "train-000000.tar").read_bytes()
+    (cwd / "bad" / "0.tar").write_bytes(content.replace(b"\x89PNG", b"\x00PNG", 20))
+    done = run("shards.py", "do=doctor", "data.urls=bad/*.tar", *data, cwd=cwd)
+    assert done.returncode == 1 and "not_an_image 20" in done.stdout and "max_bad_fraction=0.1" in done.stderr
+
+
 def test_a_classifier_is_trained_on_labels_and_judges(workplace: tuple[Path, Path]) -> None:
     """F5: any labels, the last layer dropped, under its own metric name."""
     cwd, folder = workplace
