@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from carrara.conditioner.pretrained import Pretrained
+from carrara.data.shapes import COLORS
 from carrara.run_folder import load_config
 from experiments.tools import last_scores, scores, table, trained
 
@@ -22,7 +23,6 @@ ALONG = {  # trained along with the U-Net
     "bag of words": ["conditioner.depth=0"],  # a vector a word, and no position: order-blind
     "transformer": [],
 }
-COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "cyan")
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 NUM_IMAGES = 256
 
@@ -44,7 +44,7 @@ def telling_apart(run: Path) -> list[str]:
     part = Path(config["part"]["language_model"])
     encoder = Pretrained(str(part), config["conditioner"]["width"], config["conditioner"]["max_length"])
     with torch.no_grad():
-        said = encoder([f"a large {colour} circle on black" for colour in COLOURS])
+        said = encoder([f"a large {colour} circle on black" for colour in COLORS])
     assert said.mask.all()  # every colour is one token, so the places agree
     apart = (said.tokens - said.tokens.mean(0)).square().mean((0, 2)).sqrt()
     perplexity = last_scores(part.parent)["val/perplexity"]
