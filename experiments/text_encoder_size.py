@@ -1,12 +1,17 @@
 """Does the size of the text encoder matter more than that of the U-Net? (Imagen, Saharia et al. 2022, figure 4.)
 
-`python -m experiments.text_encoder_size` prints the table of experiments/README.md and draws
+`python -m experiments.text_encoder_size` prints the tables of experiments/README.md and draws
 experiments/text_encoder_size.png: Fréchet distance against CLIP score over guidance scales.
 """
 
 from pathlib import Path
 
-from experiments.tools import scores, table, trained
+import torch
+
+from carrara.conditioner.pretrained import Pretrained
+from carrara.data.shapes import COLORS
+from carrara.run_folder import load_config
+from experiments.tools import last_scores, scores, table, trained
 
 UNETS = {"U-Net 64": 64, "U-Net 96": 96}  # channels
 ENCODERS = {  # depth, width, heads of a frozen masked language model
@@ -30,16 +35,34 @@ def encoder(name: str) -> list[str]:
     return ["conditioner=language_model", *(f"size.language_model.{key}={value}" for key, value in sizes.items())]
 
 
+def telling_apart(run: Path) -> list[str]:
+    """Of a run's frozen encoder: perplexity, and how far apart eight colours' features lie at the colour's own place.
+
+    In root mean squares over features, of the differences from the colours' mean and of the features themselves.
+    """
+    config = load_config(run)
+    part = Path(config["part"]["language_model"])
+    encoder = Pretrained(str(part), config["conditioner"]["width"], config["conditioner"]["max_length"])
+    with torch.no_grad():
+        said = encoder([f"a large {colour} circle on black" for colour in COLORS])
+    assert said.mask.all()  # every colour is one token, so the places agree
+    apart = (said.tokens - said.tokens.mean(0)).square().mean((0, 2)).sqrt()
+    perplexity = last_scores(part.parent)["val/perplexity"]
+    return [f"{perplexity:.2f}", f"{float(apart.max()):.3f}", f"{float(said.tokens.square().mean().sqrt()):.3f}"]
+
+
 def main() -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 5), constrained_layout=True)
-    rows = []
+    rows, encoders = [], []
     for (unet, channels), style in zip(UNETS.items(), ("--", "-"), strict=True):
         for k, name in enumerate([*ALONG, *ENCODERS]):
             overrides = ["experiment=text_encoder_size", f"network.channels=[{channels}]", *encoder(name)]
             label = f"{channels}-{name}".replace(" × ", "x").replace(" ", "_")
             run = trained("text_encoder_size", label, overrides)
+            if name in ENCODERS and unet == "U-Net 64":
+                encoders.append([name, *telling_apart(run)])
             found = [scores(run, NUM_IMAGES, {"guidance_scale": scale}) for scale in SCALES]
             # the scale is chosen on captions of seen combinations, and judged on the held-out ones
             best = max(found, key=lambda one: one["val_seen/prompt_accuracy/all"])
@@ -52,6 +75,7 @@ def main() -> None:
     axis.set(xlabel="CLIP score (evaluator)", ylabel="Fréchet distance (evaluator)", yscale="log")
     axis.legend(fontsize=8)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
+    print(table(["frozen", "perplexity", "colours apart", "features"], encoders), end="\n\n")
     print(table(["U-Net", "text encoder", "all", "relation", "fd_evaluator", "clip_score"], rows))
 
 

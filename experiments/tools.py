@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs")
@@ -44,37 +43,19 @@ def _finished(place: Path) -> list[Path]:
 
 
 def scores(run: Path, num_images: int, order: Mapping[str, Any]) -> dict[str, float]:
-    """Scores of a run sampled in another way: the keys of `evaluate.py`, such as sampler, num_steps, guidance_scale."""
-    from carrara.build import build_scores, load_trained
-    from carrara.callback.score import Setting
-    from carrara.config import build
-    from carrara.precision import default_device
-    from carrara.sampling import SAMPLING_KEYS, set_sampling
-
+    """Scores of a run sampled in another way, by `evaluate.py`: order has keys of its own, such as num_steps."""
     name = hashlib.sha256(json.dumps([num_images, dict(order)], sort_keys=True).encode()).hexdigest()[:12]
-    path = run / "experiment" / f"{name}.json"
-    if path.is_file():
-        return json.loads(path.read_text())["scores"]
-    config, model, modules = load_trained(run)
-    set_sampling(config, ROOT / "conf", dict.fromkeys(SAMPLING_KEYS) | dict(order))
-    config["callback"]["score"]["num_images"] = num_images
-    data = build(config["data"])
-    device = default_device()
-    model.to(device)
-    bf16 = config["trainer"]["precision"] != "32-true"
-    setting = Setting(
-        data.validation, 0, 1, device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16), None, 0
-    )
-    with torch.no_grad():
-        found = build_scores(config, data, modules)[1](model, setting)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"order": dict(order), "num_images": num_images, "scores": found}, indent=1))
-    return found
+    out = run / "experiment" / name
+    if not (out / "scores.json").is_file():
+        overrides = [f"{key}={value}" for key, value in {**order, "num_images": num_images}.items()]
+        command = [sys.executable, str(ROOT / "evaluate.py"), f"run={run}", *overrides, f"out={out}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return last_scores(out)
 
 
-def last_scores(run: Path) -> dict[str, float]:
-    """A run's own last scores."""
-    return json.loads((run / "scores.json").read_text())["scores"]
+def last_scores(folder: Path) -> dict[str, float]:
+    """Of a run, or of an evaluation."""
+    return json.loads((folder / "scores.json").read_text())["scores"]
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

@@ -37,6 +37,22 @@ def test_a_run_is_trained_once_and_the_parts_that_it_needs_are_no_run(runs, monk
     assert (runs / "objectives" / "cosine-v" / "components" / "autoencoder-0").is_dir()  # it finds them there
 
 
+def test_a_score_is_computed_once_for_each_order(runs, monkeypatch):
+    commands = []
+
+    def evaluate(command, check, stdout):
+        commands.append(command[2:-1])
+        out = Path(command[-1].removeprefix("out="))
+        out.mkdir(parents=True)
+        (out / "scores.json").write_text(f'{{"scores": {{"val/loss": {len(commands)}}}}}')
+
+    monkeypatch.setattr(subprocess, "run", evaluate)
+    asked = [(8, {"sampler": "heun"}), (8, {"sampler": "ddim"}), (16, {"sampler": "heun"})]
+    for _ in range(2):
+        assert [tools.scores(runs / "a", count, order)["val/loss"] for count, order in asked] == [1, 2, 3]
+    assert commands[0] == [f"run={runs / 'a'}", "sampler=heun", "num_images=8"] and len(commands) == 3
+
+
 def test_seeds_are_told_as_mean_and_deviation():
     assert tools.spread([1.0, 2.0, 3.0]) == "2.000 ± 1.000"
     assert tools.spread([0.25], digits=2) == "0.25"
