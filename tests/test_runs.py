@@ -126,6 +126,15 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint_of_the_step(whole, ho
     assert_same(folder, uninterrupted(whole, home, 2), 2)
 
 
+def test_a_signal_to_every_process_does_not_end_the_data_workers_first(tmp_path, capfd):
+    """As a terminal, a service manager and Slurm send it."""
+    streaming = ["data.memory_limit=0", "data.num_workers=2"]
+    folder = new(tmp_path / "run", *streaming, harm=[{"rank": 0, "step": 7, "what": "signal"}])
+    assert go(folder) == 128 + signal.SIGTERM
+    assert checkpoints(folder) == ["step=00000005.ckpt", "step=00000008.ckpt"]
+    assert "error" not in capfd.readouterr().err
+
+
 def test_a_loss_that_is_nan_on_one_rank_is_left_out_on_both(tmp_path):
     folder = new(tmp_path / "run", "trainer.devices=2", harm=[{"rank": 1, "step": 6, "what": "nan"}])
     assert go(folder, 2) == 0

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
-from carrara.signals import EXIT_CODES, SIGNALS
+from carrara.signals import EXIT_CODES, SIGNALS, exit_on_signal
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _launch_once(folder: Path, devices: int, module: str) -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=errors),
-            signals_to_handle=",".join(s.name for s in SIGNALS),
+            signals_to_handle=",".join(s.name for s in _handled()),
         )
         try:
             with patch.object(torch.distributed.launcher.api, "LocalElasticAgent", _Agent):
@@ -100,6 +100,12 @@ def _launch_once(folder: Path, devices: int, module: str) -> int:
         except ChildFailedError as failed:
             return _explain(failed.failures)
     return 0
+
+
+def _handled() -> list[signal.Signals]:
+    """Where submitit has started us, USR2 is its: it puts the job back into the queue, and exits, which stops the run."""
+    free = signal.getsignal(signal.SIGUSR2) in (signal.SIG_DFL, exit_on_signal)
+    return [signum for signum in SIGNALS if signum != signal.SIGUSR2 or free]
 
 
 def _explain(failures: Mapping[int, ProcessFailure]) -> int:

@@ -8,8 +8,9 @@ SIGNALS = (
     signal.SIGINT,
     signal.SIGHUP,
     signal.SIGQUIT,
-    signal.SIGUSR1,
-)  # USR1: Slurm's, ahead of its end
+    signal.SIGUSR1,  # Slurm's, ahead of its end, by docs/slurm.sh
+    signal.SIGUSR2,  # and by submitit
+)
 EXIT_CODES = tuple(128 + s for s in SIGNALS)
 
 

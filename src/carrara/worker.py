@@ -102,9 +102,11 @@ def run(folder: Path) -> None:
         position,
         use,
     )
-    with workers_explained():
-        trainer.fit(model, loader, ckpt_path=checkpoint, weights_only=True)
-    loader.close()
+    try:
+        with workers_explained():
+            trainer.fit(model, loader, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        loader.close()
     if trainer.is_global_zero:
         _log.info("report: %s", write_report(folder).resolve())
 

@@ -2,14 +2,16 @@
 
 RUN/trace_rank<k>.jsonl has a line for each micro-batch: step, loss to the bit, keys. RUN/end_rank<k>.pt is the state
 after the last step. RUN/harm.json, a list of {rank, step, what}, is done once each: what is "kill", "stop" (suspend),
-"raise", "nan" (the loss of that step), "signal" (SIGTERM, twice), or "data_worker" (one of its loader's is killed).
+"raise", "nan" (the loss of that step), "signal" (SIGTERM, twice, to it and its data workers), or "data_worker" (one of them is killed).
 """
 
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,10 @@ def do(what: str, pl_module: Any) -> None:
     elif what == "raise":
         raise ZeroDivisionError("harm")
     elif what == "signal":
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):  # not by this process itself, from which torch's data workers take it otherwise
+            ids = [process.pid or 0 for process in multiprocessing.active_children()]
+            subprocess.run(["kill", "-TERM", *map(str, [*ids, os.getpid()])], check=True)
+            time.sleep(0.2)
     elif what == "data_worker":
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
     elif what == "nan":

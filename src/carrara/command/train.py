@@ -1,7 +1,8 @@
 """`python train.py [model=…] [data=…] [key=value …]`: trains one model, and first the parts it lacks."""
 
-import importlib
+import importlib.util
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -212,9 +213,8 @@ def _ending(relay: Relay) -> Iterator[Relay]:
 def _sweep(conf_dir: Path, overrides: list[str], world: World | None) -> None:
     """Every run of `-m`, by the launcher that Hydra is told to use; all are checked before the first starts."""
     if world is not None:
-        raise UserError(
-            "-m starts its own processes: leave torchrun or srun out, or take hydra/launcher=submitit_slurm"
-        )
+        raise UserError("-m starts its own processes: leave torchrun or srun out, or take hydra/launcher=slurm")
+    _check_launcher(overrides)
     runs = [compose(conf_dir, NAME, run) for run in sweep_overrides(conf_dir, overrides)]
     if any(run.config["resume"] not in (None, "auto") for run in runs):
         raise UserError("resume=RUN goes on with one run; leave -m out")
@@ -226,6 +226,17 @@ def _sweep(conf_dir: Path, overrides: list[str], world: World | None) -> None:
         folder = run_folder.create_sweep_folder(Path(runs[0].config["runs_dir"]))
         overrides = [*overrides, f"hydra.sweep.dir={quote(str(folder))}"]
     _hydra_main(conf_dir, ["--multirun", *overrides])
+
+
+def _check_launcher(overrides: list[str]) -> None:
+    if "hydra/launcher=slurm" not in overrides:
+        return
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError("hydra/launcher=slurm needs a package: pip install 'carrara[slurm]'")
+    if shutil.which("srun") is None:
+        raise UserError(
+            "hydra/launcher=slurm: there is no srun here; start the sweep on a machine of the Slurm cluster"
+        )
 
 
 def _hydra_main(conf_dir: Path, arguments: list[str]) -> None:

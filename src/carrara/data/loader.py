@@ -20,6 +20,7 @@ from carrara.data.cached import Cached
 from carrara.data.order import Stream, uniforms
 from carrara.data.reader import Samples, ShardReader
 from carrara.errors import MachineError, UserError
+from carrara.signals import SIGNALS
 
 Batch = dict[str, Any]
 AnyStream = Stream | BucketedStream
@@ -197,8 +198,12 @@ def workers_explained() -> Iterator[None]:
 
 
 def _quiet_worker(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the parent acts on it. (torch gives workers one thread.)"""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A terminal, a service manager and Slurm signal every process; the rank acts on it, and needs its workers till then.
+
+    (torch gives workers one thread.)
+    """
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class Loader:
@@ -263,7 +268,7 @@ class Loader:
             yield batch
 
     def close(self) -> None:
-        """End the workers; iteration starts new ones where it stands."""
+        """End the workers, which hear no signal; iteration starts new ones where it stands."""
         self._batches = None
 
     def pipeline(self) -> DataPipeline:
