@@ -103,7 +103,7 @@ def _launch_once(folder: Path, devices: int, module: str) -> int:
 
 
 def _handled() -> list[signal.Signals]:
-    """Where submitit has started us, USR2 is its: it puts the job back into the queue, and exits, which stops the run."""
+    """Where submitit has started us, USR2 is its: it puts the job back into the queue, and exits, which stops us."""
     free = signal.getsignal(signal.SIGUSR2) in (signal.SIG_DFL, exit_on_signal)
     return [signum for signum in SIGNALS if signum != signal.SIGUSR2 or free]
 

@@ -2,7 +2,8 @@
 
 RUN/trace_rank<k>.jsonl has a line for each micro-batch: step, loss to the bit, keys. RUN/end_rank<k>.pt is the state
 after the last step. RUN/harm.json, a list of {rank, step, what}, is done once each: what is "kill", "stop" (suspend),
-"raise", "nan" (the loss of that step), "signal" (SIGTERM, twice, to it and its data workers), or "data_worker" (one of them is killed).
+"raise", "nan" (the loss of that step), "signal" (SIGTERM, twice, to it and its data workers), or "data_worker" (one of
+them is killed).
 """
 
 import json

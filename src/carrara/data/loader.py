@@ -198,7 +198,7 @@ def workers_explained() -> Iterator[None]:
 
 
 def _quiet_worker(worker: int) -> None:
-    """A terminal, a service manager and Slurm signal every process; the rank acts on it, and needs its workers till then.
+    """Terminals, service managers and Slurm signal every process; the rank acts on it, and needs its workers till then.
 
     (torch gives workers one thread.)
     """

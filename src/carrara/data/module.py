@@ -66,8 +66,7 @@ class ShardData:
         """
         Args:
             name: what runs on this data are called by.
-            urls, val_urls: shards, see `source.expand`. Without val_urls, validation takes samples from
-            training.
+            urls, val_urls: shards, see `source.expand`. Without val_urls, validation takes samples from training.
             resolution: R; pictures are R × R.
             cache_dir: for indexes and for copies of remote shards.
             seed: of order, crops and flips.
@@ -80,8 +79,7 @@ class ShardData:
             bucket_aspect, bucket_multiple: see `buckets.bucket_sizes`; validation is of squares always.
             num_workers: processes that decode, for each rank.
             use_cache: whether what shards.py do=cache wrote is trained on, where it fits the run.
-            memory_limit: bytes; a set that needs no more when decoded is kept in memory (of each rank), and
-            no
+            memory_limit: bytes; a set that needs no more when decoded is kept in memory (of each rank), and no
                 workers are started. Not with crop=random.
             cache_bytes: copies of remote shards are kept up to so many.
             max_bad_fraction: more samples that cannot be decoded stop the run.
