@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from carrara.config import compose
+from carrara.config import build, compose
 from carrara.launch import launch
-from carrara.run_folder import save_config
+from carrara.run_folder import load_config, save_config
 from tests.tiny import equal
 
+KILLS_SEED = int(os.environ.get("KILLS_SEED", "0"))
 CONF = Path(__file__).parents[1] / "conf"
 TINY = [
     "experiment=ddpm", "part.evaluator=null", "trainer.accelerator=cpu", "trainer.precision=32-true",
@@ -51,9 +53,6 @@ def new(folder: Path, *overrides: str, harm: list[dict[str, Any]] | None = None)
 
 
 def go(folder: Path, devices: int = 1, max_restarts: int = 0) -> int:
-    from carrara.config import build
-    from carrara.run_folder import load_config
-
     _ = build(load_config(folder)["data"]).fingerprint  # made and scanned once, by one process
     return launch(folder, devices, module="traced_worker", max_restarts=max_restarts)
 
@@ -174,6 +173,34 @@ def test_a_key_in_the_environment_is_in_no_file(tmp_path, monkeypatch):
     for path in files:
         assert b"5ec2e7" not in path.read_bytes(), path
     assert any(b"offline" in path.read_bytes() for path in files)  # the control: it does look
+
+
+def test_a_run_goes_on_with_other_ranks_on_the_same_global_batches(whole, home, tmp_path):
+    folder = new(tmp_path / "run", "trainer.devices=2", harm=[{"rank": 1, "step": 7, "what": "kill"}])
+    assert go(folder, 2) not in (0, 2)
+    save_config(folder, {**(config := load_config(folder)), "trainer": {**config["trainer"], "devices": 1}})
+    assert go(folder, 1) == 0
+    full = uninterrupted(whole, home, 2)
+    alone = [json.loads(line) for line in (folder / "trace_rank0.jsonl").read_text().splitlines()]
+    after = {row["step"]: row["keys"] for row in alone if len(row["keys"]) == 6}
+    assert list(after) == list(range(6, 13))  # from the checkpoint of step 5 on
+    for step, keys in after.items():
+        assert keys == [key for rank in (0, 1) for key in trace(full, rank)[step][1]]
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(home, tmp_path):
+    """In a step, between steps, while a checkpoint is written or scores are computed: wherever the time falls."""
+    settings = ["trainer.devices=2", "trainer.max_steps=200", "trainer.epoch_samples=120"]
+    full = new(tmp_path / "full", *settings)
+    assert go(full, 2) == 0
+    rng = random.Random(KILLS_SEED)
+    steps = sorted(rng.sample(range(200), 10))
+    harm = [{"rank": rng.randrange(2), "step": s, "what": "kill", "after": rng.uniform(0.001, 0.5)} for s in steps]
+    folder = new(tmp_path / "run", *settings, harm=harm)
+    assert go(folder, 2, max_restarts=10) == 0
+    assert len(list(folder.glob("done_*"))) == 10
+    assert_same(folder, full, 2)
 
 
 @pytest.mark.slow

@@ -1,9 +1,9 @@
 """`python -m traced_worker RUN`: a worker that writes down all it does, and does harm where it is told to.
 
 RUN/trace_rank<k>.jsonl has a line for each micro-batch: step, loss to the bit, keys. RUN/end_rank<k>.pt is the state
-after the last step. RUN/harm.json, a list of {rank, step, what}, is done once each: what is "kill", "stop" (suspend),
-"raise", "nan" (the loss of that step), "signal" (SIGTERM, twice, to it and its data workers), or "data_worker" (one of
-them is killed).
+after the last step. RUN/harm.json, a list of {rank, step, what}, is done once each: what is "kill" ("after" so many
+seconds), "stop" (suspend), "raise", "nan" (the loss of that step), "signal" (SIGTERM, twice, to it and its data
+workers), or "data_worker" (one of them is killed).
 """
 
 import json
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Trace(Callback):
         for harm in pending(self.folder):
             if harm["rank"] == RANK and harm["step"] == trainer.global_step:
                 (self.folder / f"done_{harm['number']}").touch()
-                do(harm["what"], pl_module)
+                do(harm["what"], pl_module, harm.get("after", 0.0))
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         line = {"step": trainer.global_step, "loss": float(outputs["loss"]).hex(), "keys": batch["keys"]}
@@ -64,9 +65,12 @@ def pending(folder: Path) -> list[dict[str, Any]]:
     return [harm for harm in numbered if not (folder / f"done_{harm['number']}").exists()]
 
 
-def do(what: str, pl_module: Any) -> None:
-    if what in ("kill", "stop"):
-        os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+def do(what: str, pl_module: Any, after: float) -> None:
+    if what == "kill":
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        time.sleep(0.0 if after else 60.0)
+    elif what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "raise":
         raise ZeroDivisionError("harm")
     elif what == "signal":
