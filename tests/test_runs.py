@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from carrara.config import build, compose
 from carrara.launch import launch
@@ -132,6 +134,20 @@ def test_a_signal_to_every_process_does_not_end_the_data_workers_first(tmp_path,
     assert go(folder) == 128 + signal.SIGTERM
     assert checkpoints(folder) == ["step=00000005.ckpt", "step=00000008.ckpt"]
     assert "error" not in capfd.readouterr().err
+
+
+def test_trap_19_denormal_numbers_are_flushed(whole, home):
+    assert end(uninterrupted(whole, home, 2))["flushed"]
+    assert (torch.full((1000,), 1e-40) * 1.0 > 0.0).all()  # the control
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_trap_17_compiled_networks_keep_the_names_of_their_weights(home, tmp_path):
+    folder = new(tmp_path / "run", "trainer.compile=true", "trainer.max_steps=2")
+    assert go(folder) == 0
+    state = load_file(folder / "component" / "weights.safetensors")
+    assert state and not [name for name in state if "_orig_mod" in name]
 
 
 def test_a_loss_that_is_nan_on_one_rank_is_left_out_on_both(tmp_path):

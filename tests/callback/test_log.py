@@ -1,9 +1,14 @@
 import json
 import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
 
-from carrara.callback.log import JsonLines, counters
+from carrara.callback.log import JsonLines, Wandb, counters
 
 
 def log_of(tmp_path, *steps: int) -> JsonLines:
@@ -64,3 +69,43 @@ def test_what_is_not_finite_stays_readable(tmp_path):
 
 def test_counters_count_optimizer_steps():
     assert counters(25, 8, 10) == {"step": 25, "images_seen": 200, "epoch": 3}
+
+
+def test_traps_21_and_22_without_a_key_wandb_is_kept_here_and_all_stands_over_images_seen(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    settings = {"mode": "auto", "project": "carrara", "entity": None, "tags": []}
+    caplog.set_level("INFO", "carrara")
+    log = Wandb(tmp_path, {"logger": {"wandb": settings}, "sweep": None}, 32, 10)
+    log.log_metrics({"train/loss": 0.5}, 3)
+    log.experiment.finish()
+    wandb.teardown()  # waits until all is on disk
+    assert "W&B: offline, for want of a key" in caplog.text
+    (path,) = tmp_path.rglob("run-*.wandb")
+    records = list(written(path))
+    metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
+    assert {(one.name or one.glob_name, one.step_metric) for one in metrics} >= {
+        ("images_seen", ""),
+        ("*", "images_seen"),
+    }
+    (row,) = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+    found = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
+    assert (found["train/loss"], found["images_seen"], found["step"], found["epoch"]) == (0.5, 96, 3, 1)
+
+
+def written(path: Path) -> Iterator[Record]:
+    """W&B's file: a head of 7 bytes, then LevelDB's log: blocks of 32 kB, of pieces (crc, length, kind) of records."""
+    data, record = path.read_bytes(), b""
+    place = 7
+    while place + 7 <= len(data):
+        if 2**15 - place % 2**15 < 7:  # too little left in a block for a piece's head
+            place += 2**15 - place % 2**15
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(record)
+            record = b""

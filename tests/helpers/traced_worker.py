@@ -54,6 +54,7 @@ class Trace(Callback):
             "optimizer": trainer.optimizers[0].state_dict(),
             "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "random": torch.get_rng_state(),
+            "flushed": bool((torch.full((1000,), 1e-40) * 1.0 == 0.0).all()),
         }
         torch.save(state, self.folder / f"end_rank{RANK}.pt")
 
