@@ -23,7 +23,7 @@ from carrara.errors import MachineError, UserError
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`faults[name]` is taken from the front at every GET: a status, "cut" (half of it), or "slow"."""
+    """`faults[name]` is taken from the front at every GET: a status, "cut" (half of it), "half" (as if that were all), or "slow"."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,6 +56,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(fault if isinstance(fault, int) else 404)
             return
         data = path.read_bytes()
+        if fault == "half":
+            data = data[: len(data) // 2]
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -100,7 +102,7 @@ def test_a_shard_is_fetched_once(server, tmp_path):
     assert server.gets["a.tar"] == 1 and files(cache) == ["a.tar"]
 
 
-@pytest.mark.parametrize("faults", [[503, 503], ["cut"], [429, "cut", 500]])
+@pytest.mark.parametrize("faults", [[503, 503], ["cut"], ["half"], [429, "cut", 500]])
 def test_what_fails_for_the_moment_is_tried_again(server, tmp_path, faults):
     data, cache = serve(server, "a.tar"), ShardCache(tmp_path, 1e9)
     server.faults["a.tar"] = list(faults)
