@@ -115,6 +115,7 @@ def test_a_server_that_falls_silent_is_not_waited_for(server, tmp_path, monkeypa
     data, cache = serve(server, "a.tar"), ShardCache(tmp_path, 1e9)
     server.faults["a.tar"] = ["slow"]
     assert cache.local(server.url("a.tar")).read_bytes() == data
+    assert server.gets["a.tar"] == 2
 
 
 @pytest.mark.parametrize("fault", [503, "cut"])
