@@ -1,5 +1,6 @@
 """`shards.py do=cache`, and training on what it wrote."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -241,6 +242,23 @@ def test_a_broken_cache_costs_its_sample(make, parts, tmp_path):
         batch["skipped"] for batch in data(tmp_path, f"{folder}/*.tar", val_samples=1).train_loader(11, use="latents")
     ]
     assert sum(one.get("broken_cache", 0) for one in skipped) == 1
+
+
+def test_a_sample_whose_cache_was_made_with_something_else_is_left_out(make, parts, tmp_path):
+    members = {}
+    make()
+    make("out=half", "dtype=float16")
+    for folder in ("cached", "half"):
+        with tarfile.open(tmp_path / folder / "0.tar") as tar:
+            members[folder] = [(one, tar.extractfile(one).read()) for one in tar]  # type: ignore[union-attr]
+    (tmp_path / "mixed").mkdir()
+    replaced = max(k for k, (one, _) in enumerate(members["half"]) if one.name.endswith(".cache.npz"))
+    with tarfile.open(tmp_path / "mixed" / "0.tar", "w") as tar:
+        for k, (one, content) in enumerate(members["cached"]):
+            one, content = members["half"][k] if k == replaced else (one, content)
+            tar.addfile(one, io.BytesIO(content))
+    loader = data(tmp_path, f"{tmp_path}/mixed/*.tar", val_samples=1).train_loader(5, use="latents", steps_per_epoch=4)
+    assert {reason for batch in loader for reason in batch["skipped"]} == {"other_cache"}
 
 
 @pytest.mark.parametrize(

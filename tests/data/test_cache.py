@@ -23,7 +23,7 @@ from carrara.errors import MachineError, UserError
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`faults[name]` is taken from the front at every GET: a status, "cut" (half of it), "half" (as if that were all), or "slow"."""
+    """`faults[name]` is taken from the front at every GET: a status, "cut", "half" (as if it were all) or "slow"."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

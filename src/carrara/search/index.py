@@ -35,10 +35,14 @@ class Exact:
         scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         for first, rows in self.embeddings.blocks():
+            new = queries @ rows.T
+            enough = scores[:, -1:]  # fewer columns to sort
+            if len(rows) > k:
+                enough = np.maximum(enough, np.partition(new, -k, axis=1)[:, -k, None])
+            columns = np.flatnonzero((new >= enough).any(axis=0))
+            new_ids = np.broadcast_to(first + columns, (len(queries), len(columns)))
             scores, ids = _best(
-                np.concatenate([scores, queries @ rows.T], axis=1),
-                np.concatenate([ids, np.broadcast_to(first + np.arange(len(rows)), (len(queries), len(rows)))], axis=1),
-                k,
+                np.concatenate([scores, new[:, columns]], axis=1), np.concatenate([ids, new_ids], axis=1), k
             )
         return scores, ids
 
