@@ -205,7 +205,7 @@ def test_ranks_end_with_a_killed_launcher(tmp_path, monkeypatch):
     wait_for(folder / "ready_0")
     wait_for(folder / "ready_1")
     process.kill()
-    process.communicate()
+    process.wait()  # not for its pipes, which the ranks hold too
     deadline = time.monotonic() + 30
     while any(alive(pid) for pid in pids(folder)):
         assert time.monotonic() < deadline, "a rank outlived its launcher"

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -242,3 +244,22 @@ def test_a_killed_data_worker_ends_the_run_and_says_so(tmp_path, capfd):
     assert time.monotonic() - start < 30 + 40
     told = capfd.readouterr().err
     assert "error: a data worker is gone" in told and "data.num_workers" in told and "Traceback" not in told
+
+
+def test_shared_memory_that_is_full_ends_the_run_and_says_so(tmp_path):
+    """On a /dev/shm of 64 kB, mounted for the run alone."""
+    mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    command = [
+        *mount,
+        sys.executable,
+        str(CONF.parent / "train.py"),
+        *TINY,
+        "data.memory_limit=0",
+        "data.num_workers=2",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "error: shared memory is full: enlarge /dev/shm" in done.stderr
+    assert "Traceback" not in done.stderr

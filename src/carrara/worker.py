@@ -29,8 +29,8 @@ from carrara.callback.progress import Progress
 from carrara.callback.stop import Stop
 from carrara.callback.vocabulary import LearnVocabularies
 from carrara.config import Config, build, fingerprint
-from carrara.data.loader import workers_explained
 from carrara.data.module import ShardData
+from carrara.data.workers import workers_explained
 from carrara.precision import choose_precision
 from carrara.rank import rank_main
 from carrara.report import write_report

@@ -3,10 +3,11 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from carrara.callback.log import JsonLines, Wandb, counters
 
@@ -77,7 +78,7 @@ def test_traps_21_and_22_without_a_key_wandb_is_kept_here_and_all_stands_over_im
     monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    settings = {"mode": "auto", "project": "carrara", "entity": None, "tags": []}
+    settings: dict[str, Any] = {"mode": "auto", "project": "carrara", "entity": None, "tags": []}
     caplog.set_level("INFO", "carrara")
     log = Wandb(tmp_path, {"logger": {"wandb": settings}, "sweep": None}, 32, 10)
     log.log_metrics({"train/loss": 0.5}, 3)

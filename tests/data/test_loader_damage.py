@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 
-from carrara.data.loader import workers_explained
 from carrara.data.manifest import Manifest
 from carrara.data.reader import Decoding
+from carrara.data.workers import workers_explained
 from carrara.errors import MachineError, UserError
 
 
@@ -189,6 +189,18 @@ def test_a_caption_in_the_json_is_read(loader, write_shard, sample, tmp_path):
 def test_a_worker_that_is_gone_is_told_in_one_line(said, told):
     with pytest.raises(MachineError, match=told), workers_explained():
         raise RuntimeError(said)
+
+
+def test_shared_memory_that_is_full_is_told_in_one_line(loader, manifest, monkeypatch):
+    """The thread in which torch moves a batch there would print its traceback, drop the batch, and wait for ever."""
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(MachineError, match="enlarge /dev/shm"):
+        next(iter(loader(manifest, num_workers=1)))
+    next(iter(loader(manifest, num_workers=0)))
 
 
 def test_other_errors_in_a_worker_keep_their_traceback():

@@ -1,10 +1,8 @@
 """Micro-batches in the stream's order, whatever the number of ranks and workers."""
 
 import itertools
-import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 from webdataset import DataPipeline
 
 from carrara.data.buckets import BucketedStream
 from carrara.data.cached import Cached
 from carrara.data.order import Stream, uniforms
 from carrara.data.reader import Samples, ShardReader
-from carrara.errors import MachineError, UserError
-from carrara.signals import SIGNALS
+from carrara.data.workers import Batch, start
+from carrara.errors import UserError
 
-Batch = dict[str, Any]
 AnyStream = Stream | BucketedStream
 Stage = Callable[[Iterable[dict[str, Any]]], Iterable[dict[str, Any]]]
 
@@ -159,53 +156,6 @@ def _collate_cached(caches: Sequence[Cached]) -> dict[str, torch.Tensor]:
     }
 
 
-@dataclass
-class _Failure:
-    """What a worker ends with in one line; torch would wrap it in a traceback."""
-
-    error: UserError | MachineError
-
-
-class _Guarded(IterableDataset[Batch | _Failure]):
-    def __init__(self, pipeline: DataPipeline) -> None:
-        self.pipeline = pipeline
-
-    def __iter__(self) -> Iterator[Batch | _Failure]:
-        try:
-            yield from self.pipeline
-        except (UserError, MachineError) as error:
-            yield _Failure(error)
-
-
-@contextmanager
-def workers_explained() -> Iterator[None]:
-    """Tells in one line that a data worker is gone, as a MachineError.
-
-    Around all of the training: torch raises from a signal handler, wherever the process happens to be, and has no
-    exception of its own for it.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if "shared memory" in text or "Bus error" in text or "No space left on device" in text:
-            reason = "shared memory is full: enlarge /dev/shm (docker: --shm-size), or lower data.num_workers"
-        elif "is killed by signal" in text or "exited unexpectedly" in text:
-            reason = f"a data worker is gone: {text.strip()} Out of memory? Lower data.num_workers"
-        else:
-            raise
-        raise MachineError(reason) from None
-
-
-def _quiet_worker(worker: int) -> None:
-    """Terminals, service managers and Slurm signal every process; the rank acts on it, and needs its workers till then.
-
-    (torch gives workers one thread.)
-    """
-    for signum in SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-
-
 class Loader:
     """One rank's micro-batches from `start_position` on; an iteration ends where an epoch of
     `steps_per_epoch` does.
@@ -245,7 +195,7 @@ class Loader:
         self.num_workers, self.stages, self.start_method = num_workers, stages, start_method
         self.max_bad_fraction = max_bad_fraction
         self._given = start_position // share.global_batch * share.accumulate
-        self._batches: Iterator[Batch | _Failure] | None = None
+        self._batches: Iterator[Batch] | None = None
         self._recent: deque[tuple[int, int]] = deque()  # (failures, samples) of micro-batches
 
     def __len__(self) -> int:
@@ -259,37 +209,20 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self) - self._given % len(self)):
             if self._batches is None:
-                self._batches = self._start()
+                self._batches = start(self.pipeline(), self.num_workers, self.start_method)
             batch = next(self._batches)
-            if isinstance(batch, _Failure):
-                raise batch.error
             self._judge(batch)
             self._given += 1
             yield batch
 
     def close(self) -> None:
-        """End the workers, which hear no signal; iteration starts new ones where it stands."""
+        """End the workers; iteration starts new ones where it stands."""
         self._batches = None
 
     def pipeline(self) -> DataPipeline:
         """The whole of it, from the next micro-batch on, as a worker runs it."""
         source = OrderedSource(self.stream, self.share, self._given, self.samples.reader)
         return DataPipeline(source, Decode(self.samples, self.stream), *self.stages, MicroBatches(source))
-
-    def _start(self) -> Iterator[Batch | _Failure]:
-        dataset = _Guarded(self.pipeline())
-        if self.num_workers == 0:
-            return iter(dataset)
-        return iter(
-            DataLoader(
-                dataset,
-                batch_size=None,
-                num_workers=self.num_workers,
-                worker_init_fn=_quiet_worker,
-                multiprocessing_context=self.start_method,
-                pin_memory=torch.cuda.is_available(),
-            )
-        )
 
     def _judge(self, batch: Batch) -> None:
         bad = sum(batch["skipped"].values())

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from carrara.data.loader import Batch, collate
+from carrara.data.loader import collate
 from carrara.data.manifest import Manifest
 from carrara.data.reader import TRIES, Decoding, Samples
+from carrara.data.workers import Batch
 from carrara.errors import UserError
 
 _FEW = 64  # shards
