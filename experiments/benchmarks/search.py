@@ -41,7 +41,7 @@ class Files(Embeddings):
 
     def away(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """As sentences lie: half of the way towards a direction that no picture has."""
-        gap = np.ones(WIDTH, dtype=np.float32) / np.sqrt(WIDTH)
+        gap = np.full(WIDTH, WIDTH**-0.5, dtype=np.float32)
         found = self.like(rng, count) + gap
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 

@@ -36,14 +36,15 @@ class Exact:
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         for first, rows in self.embeddings.blocks():
             new = queries @ rows.T
-            enough = scores[:, -1:]  # fewer columns to sort
+            enough = scores[:, -1:]
             if len(rows) > k:
                 enough = np.maximum(enough, np.partition(new, -k, axis=1)[:, -k, None])
-            columns = np.flatnonzero((new >= enough).any(axis=0))
-            new_ids = np.broadcast_to(first + columns, (len(queries), len(columns)))
-            scores, ids = _best(
-                np.concatenate([scores, new[:, columns]], axis=1), np.concatenate([ids, new_ids], axis=1), k
-            )
+            query, row = np.nonzero(new >= enough)  # what is left to sort: k of each, and their equals
+            column = np.arange(len(query)) - np.searchsorted(query, query)
+            new_scores = np.full((len(queries), column.max(initial=-1) + 1), -np.inf, dtype=np.float32)
+            new_ids = np.full(new_scores.shape, -1, dtype=np.int64)
+            new_scores[query, column], new_ids[query, column] = new[query, row], first + row
+            scores, ids = _best(np.concatenate([scores, new_scores], axis=1), np.concatenate([ids, new_ids], axis=1), k)
         return scores, ids
 
 
@@ -65,7 +66,7 @@ class Approximate:
         what will be asked: a sentence lies apart from all pictures, and its neighbours in many lists.
         """
         width, count = embeddings.width, len(embeddings)
-        lists = max(1, min(65_536, 2 ** round(np.log2(np.sqrt(count)))))
+        lists = max(1, min(65_536, 2 ** round(np.log2(np.sqrt(count)) - 1)))
         index: Any = faiss.index_factory(width, f"IVF{lists},PQ{width // 2}x4fs", faiss.METRIC_INNER_PRODUCT)
         index.cp.seed, index.cp.niter = seed, 10
         rng = np.random.default_rng(seed)
@@ -97,7 +98,8 @@ def _search(index: Any, embeddings: Embeddings, queries: NDArray[np.float32], k:
 def _tune(index: Any, embeddings: Embeddings, kinds: Sequence[NDArray[np.float32]]) -> None:
     """Sets how many lists are looked into."""
     kinds = [queries for queries in kinds if len(queries)]
-    wanted = [Exact(embeddings).search(queries, 10)[1] for queries in kinds]
+    _, all_wanted = Exact(embeddings).search(np.concatenate(kinds), 10)  # in one reading of the rows
+    wanted = np.split(all_wanted, np.cumsum([len(queries) for queries in kinds[:-1]]))
     index.nprobe = 8
     while index.nprobe < index.nlist:
         found = [_search(index, embeddings, queries, 10)[1] for queries in kinds]
