@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
+import webdataset.utils
 from PIL import Image, ImageOps
 from roof import describe
 
 from carrara.data.module import ShardData
 
+webdataset.utils.enforce_security = False  # carrara sets it; plain webdataset then opens no local file
 BATCH, SHARDS = 64, 8
 KINDS = {  # name -> format, side of the pictures, side of the squares, samples of a shard
     "photographs, JPEG of 512 to 256": ("JPEG", 512, 256, 200),
