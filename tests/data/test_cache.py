@@ -3,15 +3,19 @@
 import hashlib
 import http.server
 import os
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from carrara.data import cache as cache_module
 from carrara.data.cache import ShardCache, is_remote, size_of
@@ -188,6 +192,26 @@ def test_many_who_ask_at_once_fetch_once(server, tmp_path):
 def test_a_package_that_is_missing_is_named(tmp_path, scheme):
     with pytest.raises(UserError, match=rf"pip install 'carrara\[{scheme}\]'"):
         ShardCache(tmp_path, 1e9).local(f"{scheme}://bucket/a.tar")
+
+
+class Buckets(MemoryFileSystem):
+    """What s3fs is to fsspec, in memory."""
+
+    protocol = "s3"
+    store: ClassVar[dict[str, Any]] = {}
+
+
+def test_buckets_are_read_as_servers_are(write_shard, tmp_path, monkeypatch, value_of):
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Buckets)
+    for s in range(3):
+        content = write_shard(f"{s}.tar", range(10 * s, 10 * s + 10)).read_bytes()
+        fsspec.filesystem("s3").pipe_file(f"s3://bucket/{s}.tar", content)
+    urls = expand("s3://bucket/{0..2}.tar")
+    scan_all(urls, tmp_path / "cache", cache=ShardCache(tmp_path / "cache", 1e9))
+    data = ShardData("far", urls, 8, cache_dir=str(tmp_path / "cache"), val_samples=3, memory_limit=0)
+    assert len({value_of(image) for batch in data.train_loader(9) for image in batch["images"].numpy()}) == 27
+    with pytest.raises(UserError, match=r"s3://bucket/9\.tar: there is nothing at this address"):
+        ShardCache(tmp_path, 1e9).local("s3://bucket/9.tar")
 
 
 # --- as data ---
