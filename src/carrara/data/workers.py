@@ -37,6 +37,7 @@ def start(pipeline: Iterable[Batch], num_workers: int, start_method: str | None 
             num_workers=num_workers,
             worker_init_fn=_quiet_worker,
             multiprocessing_context=start_method,
+            generator=torch.Generator(),  # of the workers' seeds; else the rank's own would be one number further
             pin_memory=torch.cuda.is_available(),
         )
     try:
