@@ -193,6 +193,7 @@ def test_a_key_in_the_environment_is_in_no_file(tmp_path, monkeypatch):
     assert any(b"offline" in path.read_bytes() for path in files)  # the control: it does look
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_on_the_same_global_batches(whole, home, tmp_path):
     folder = new(tmp_path / "run", "trainer.devices=2", harm=[{"rank": 1, "step": 7, "what": "kill"}])
     assert go(folder, 2) not in (0, 2)
