@@ -148,6 +148,7 @@ def test_trap_19_denormal_numbers_are_flushed(whole, home):
 def test_trap_17_compiled_networks_keep_the_names_of_their_weights(home, tmp_path):
     folder = new(tmp_path / "run", "trainer.compile=true", "trainer.max_steps=2")
     assert go(folder) == 0
+    assert end(folder)["compiled"] > 0
     state = load_file(folder / "component" / "weights.safetensors")
     assert state and not [name for name in state if "_orig_mod" in name]
 

@@ -284,3 +284,11 @@ def test_trap_6_filters_that_leave_nothing_say_why(write_shard, sample, tmp_path
     path = write_shard("a.tar", {"0": sample(0, {"punsafe": 0.9}), "1": sample(1), "2": sample(2)})
     with pytest.raises(UserError, match=r"no sample of 3 passes data\.filters: punsafe_null 2, punsafe 1"):
         eligible(load(tmp_path, path), ".txt", {"max_punsafe": 0.5})
+
+
+def test_sizes_of_pictures_are_read_for_those_who_ask(tmp_path, write_shard):
+    """Each question has an index of its own: after one without sizes, one with them is made."""
+    path = write_shard("a.tar", range(3))
+    for asked, shape in [(False, (0, 2)), (True, (3, 2)), (False, (0, 2))]:
+        found = Manifest.load([str(path)], tmp_path / "cache", pictures=asked).index(0).pictures
+        assert found.shape == shape and (found == 8).all()

@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch._dynamo
 from lightning.pytorch.callbacks import Callback
 
 from carrara import worker
@@ -54,6 +55,7 @@ class Trace(Callback):
             "optimizer": trainer.optimizers[0].state_dict(),
             "scheduler": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
             "random": torch.get_rng_state(),
+            "compiled": torch._dynamo.utils.counters["stats"]["unique_graphs"],
             "flushed": bool((torch.full((1000,), 1e-40) * 1.0 == 0.0).all()),
         }
         torch.save(state, self.folder / f"end_rank{RANK}.pt")

@@ -58,6 +58,16 @@ def test_exact_search_is_a_sort_of_all_cosines():
     assert (ids[:, 3:] == -1).all() and np.isneginf(few[:, 3:]).all()
 
 
+def test_of_equal_pictures_the_first_are_found(monkeypatch):
+    """In blocks that end within a run of equals, which are more than are asked for."""
+    rows = np.repeat(clustered(4, 16), 30, axis=0)
+    held = Rows(rows)
+    monkeypatch.setattr(held, "blocks", lambda: Embeddings.blocks(held, 7))
+    scores, ids = Exact(held).search(rows[[0, 30, 60, 90]].astype(np.float32), 10)
+    assert ids.tolist() == [list(range(first, first + 10)) for first in (0, 30, 60, 90)]
+    assert (scores > 0.99).all()
+
+
 def test_the_approximate_neighbours_are_the_exact_ones(tmp_path):
     held = Rows(clustered(30_000, 32))
     Approximate.build(held, tmp_path / "x.faiss", clustered(64, 32, seed=3).astype(np.float32))

@@ -23,7 +23,7 @@ from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 4  # of the index files; another number makes them anew
+_VERSION = 5  # of the index files; another number makes them anew
 _SERIAL = 4  # up to so many shards are scanned without other processes
 
 
@@ -61,13 +61,15 @@ class Manifest:
         return ShardIndex.load(self.shards[shard].index_path)
 
     @classmethod
-    def load(cls, paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt") -> "Manifest":
+    def load(
+        cls, paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt", pictures: bool = False
+    ) -> "Manifest":
         """Of local shards, scanned where they are new, and of remote ones that were; see `scan_all`.
 
         Raises UserError naming the shard that is no tar, has no image, or (with `caption`) no caption; or the command
         that scans the remote ones.
         """
-        found = scan_all(paths, cache_dir, caption)
+        found = scan_all(paths, cache_dir, caption, pictures=pictures)
         absent = [path for path, shard in zip(paths, found, strict=True) if shard is None]
         if absent:
             some = [size for url in absent[:4] if (size := size_of(url)) is not None]
@@ -90,21 +92,26 @@ Scanned = Shard | UserError | None  # why a shard cannot be used; None of a remo
 
 
 def scan_all(
-    paths: Sequence[str], cache_dir: str | Path, caption: str | None = ".txt", cache: ShardCache | None = None
+    paths: Sequence[str],
+    cache_dir: str | Path,
+    caption: str | None = ".txt",
+    cache: ShardCache | None = None,
+    pictures: bool = False,
 ) -> list[Scanned]:
     """Scan shards, several at once; what is unchanged since last time is taken from `cache_dir`.
 
-    Remote ones are fetched only with a `cache`, and once they are known never looked at again.
+    Remote ones are fetched only with a `cache`, and once they are known never looked at again: their `pictures` have
+    their sizes in the index always.
     """
     folder = Path(cache_dir) / "index"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache_dir: cannot make {folder}: {error.strerror}") from None
-    found = {path: _known(path, folder, caption) for path in paths}
+    found = {path: _known(path, folder, caption, pictures) for path in paths}
     missing = [path for path, shard in found.items() if shard is None and (cache is not None or not is_remote(path))]
     processes = min(len(os.sched_getaffinity(0)), len(missing))
-    scan_one = partial(_scanned, folder=folder, caption=caption, cache=cache)
+    scan_one = partial(_scanned, folder=folder, caption=caption, cache=cache, pictures=pictures)
     if len(missing) > _SERIAL and processes > 1:
         # fork: spawn would import the caller's main module again. The children touch files and numpy only
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
@@ -115,38 +122,40 @@ def scan_all(
     return [found[path] for path in paths]
 
 
-def _index_path(path: str, status: os.stat_result | None, folder: Path, caption: str | None) -> Path:
-    version = [path] if status is None else [os.path.realpath(path), status.st_size, status.st_mtime_ns]
+def _index_path(path: str, status: os.stat_result | None, folder: Path, caption: str | None, pictures: bool) -> Path:
+    version = [path] if status is None else [os.path.realpath(path), status.st_size, status.st_mtime_ns, pictures]
     content = json.dumps([_VERSION, *version, caption])
     return folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.npz"
 
 
-def _known(path: str, folder: Path, caption: str | None) -> Scanned:
+def _known(path: str, folder: Path, caption: str | None, pictures: bool) -> Scanned:
     """The shard by its index on disk; None if there is none, or a damaged one."""
     try:
         status = None if is_remote(path) else os.stat(path)
-        place = _index_path(path, status, folder, caption)
+        place = _index_path(path, status, folder, caption, pictures)
         index = ShardIndex.load(place)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return _shard(path, status, place, index, caption)
 
 
-def _scanned(path: str, folder: Path, caption: str | None, cache: ShardCache | None) -> Shard | UserError:
+def _scanned(
+    path: str, folder: Path, caption: str | None, cache: ShardCache | None, pictures: bool
+) -> Shard | UserError:
     try:
         if cache is not None and is_remote(path):
             with cache.open(path) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-                index = scan_file(file, path, caption)
+                index = scan_file(file, path, caption, pictures=True)
                 index = replace(index, bytes=os.fstat(file.fileno()).st_size, sha256=digest)
             status = None
         else:
-            status, index = os.stat(path), scan(path, caption)
+            status, index = os.stat(path), scan(path, caption, pictures)
     except OSError as error:
         return UserError(f"cannot read the shard {path}: {error.strerror}")
     except UserError as mistake:
         return mistake
-    place = _index_path(path, status, folder, caption)
+    place = _index_path(path, status, folder, caption, pictures)
     index.save(place)
     return _shard(path, status, place, index, caption)
 

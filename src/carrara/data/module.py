@@ -99,7 +99,7 @@ class ShardData:
         self.decoding = Decoding(resolution, caption, crop, flip, max_pixels)
         self.sizes = bucket_sizes(resolution, bucket_aspect, bucket_multiple)
 
-        self.manifest = Manifest.load(unpacked(expand(urls), cache_dir), cache_dir, caption)
+        self.manifest = Manifest.load(unpacked(expand(urls), cache_dir), cache_dir, caption, len(self.sizes) > 1)
         self.eligible, self.reasons = eligible(self.manifest, caption, filters or {})
         if val_urls is None:
             count = min(5000, int(self.eligible.sum()) // 20) if val_samples is None else val_samples

@@ -29,10 +29,11 @@ def start(pipeline: Iterable[Batch], num_workers: int, start_method: str | None 
     Raises:
         UserError, MachineError: as the pipeline does, without a traceback of torch's around it.
     """
-    batches: Iterable[Batch | _Failure] = _Guarded(pipeline)
+    guarded = _Guarded(pipeline)
+    batches: Iterable[Batch | _Failure] = guarded
     if num_workers:
         batches = DataLoader(
-            _Guarded(pipeline),
+            guarded,
             batch_size=None,
             num_workers=num_workers,
             worker_init_fn=_quiet_worker,
