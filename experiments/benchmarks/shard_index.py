@@ -1,4 +1,4 @@
-"""The index of a million samples in a hundred shards: how fast it is made and opened, and a walk by `tarfile` beside it.
+"""The index of a million samples in a hundred shards: how fast it is made and opened; `tarfile`'s walk beside it.
 
 `python experiments/benchmarks/shard_index.py [SAMPLES]`. The samples are LAION's by their members (picture, caption,
 JSON with its columns); the pictures are small, since an index does not read them.
@@ -20,8 +20,9 @@ from carrara.data.manifest import Manifest
 
 SHARDS = 100
 FACTS = {
-    "url": "https://example.org/some/picture.jpg", "caption": "a caption of some length, as they are", "key": "000000000",
-    "status": "success", "width": 512, "height": 384, "original_width": 1024, "original_height": 768, "sha256": "0" * 64,
+    "url": "https://example.org/some/picture.jpg", "caption": "a caption of some length, as they are",
+    "key": "000000000", "status": "success", "sha256": "0" * 64,
+    "width": 512, "height": 384, "original_width": 1024, "original_height": 768,
     "similarity": 0.33, "punsafe": 0.01, "pwatermark": 0.2, "aesthetic": 5.5,
 }  # fmt: skip
 
@@ -60,8 +61,8 @@ def main(samples: int) -> None:
             opened = time.perf_counter() - start
             rate = len(manifest) / made
             print(
-                f"{len(manifest):,} samples: made at {rate:,.0f} a second, {rate / theirs:.1f} times tarfile's walk in one "
-                f"process; opened in {opened:.2f} s",
+                f"{len(manifest):,} samples: made at {rate:,.0f} a second, {rate / theirs:.1f} times tarfile's walk in "
+                f"one process; opened in {opened:.2f} s",
                 flush=True,
             )
 

@@ -32,7 +32,7 @@ class ShardIndex:
 
     keys: (n,) UTF-8 bytes. members: (n, 4, 2) int64, [IMAGE | CAPTION | JSON | CACHED] -> offset, size; size -1
     where there is none. pictures: (n, 2) height and width by their headers, 0 where they have none; (0, 2) where nobody
-    asked for them: they take ten times as long as all the rest. columns: those of
+    asked for them: they take as long as all the rest, and on a cold disk every picture's first page. columns: those of
     COLUMNS that occur, (n,) float64, NaN where null or absent. problems: what is wrong with members and samples that
     are not here or not whole. bytes, sha256: of a remote shard as it was when it was scanned.
     cached: the facts of the first sample that has a cache, see `cached`.
