@@ -208,7 +208,7 @@ def test_a_component_can_be_asked_without_its_weights(saved):
 
 def test_a_predictor_may_hold_parts_of_several_groups(saved):
     node = {
-        "_target_": "carrara.model.diffusion.NoisePredictor",
+        "_target_": "carrara.model.conditioned.Conditioned",
         "network": {"_target_": "carrara.network.unet.UNet"},
         "conditioner": {"_target_": "carrara.conditioner.text.Text"},
     }

@@ -39,7 +39,7 @@ from carrara.model.optimizer import Muon, sgd
 from carrara.network.dit import DiT
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
-from carrara.pipeline.text_to_image import Sampling
+from carrara.pipeline.denoising import Sampling
 
 COLORS = ["red", "green", "blue", "white"]
 CAPTIONS = [f"a {size} {color} {shape}" for size in ("big", "small") for color in COLORS for shape in ("disc", "cube")]
