@@ -23,7 +23,7 @@ def test_the_loss_is_reconstruction_and_kl():
 
 
 def test_pixels_are_not_trained():
-    with pytest.raises(ValueError, match="autoencoder=identity has nothing to train"):
+    with pytest.raises(ValueError, match="autoencoder: Identity has nothing to train"):
         autoencoder_model(autoencoder=Identity())
 
 
