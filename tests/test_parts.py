@@ -160,7 +160,9 @@ def test_a_stage_is_a_whole_run(tmp_path, monkeypatch):
         "conditioner": {"_target_": "carrara.conditioner.text.Unconditional", "width": 4},
     }
     folder = Path("runs/small")
-    save_component(folder / "component", "noise_predictor", node, build(node), {"fingerprint": "", "scores": {}})
+    save_component(
+        folder / "component", "noise_predictor", node, build(node), {"fingerprint": "", "data": {}, "scores": {}}
+    )
     with pytest.raises(UserError, match=r"part\.small_pictures=runs/small is a component alone; name its run"):
         find_component("runs/small", "small_pictures", Path("runs"))
     (folder / "config.yaml").write_text("{name: small_pictures}")
