@@ -35,9 +35,9 @@ def model(**changes: Any) -> SuperResolutionModel:
 
 
 def told(rows: dict[str, Any], u: Tensor | None = None, **changes: Any) -> Conditioning:
-    made = model(network=Seen(), **changes)
-    made.loss(rows, u)
-    (conditioning,) = made.predictor.network.conditionings  # type: ignore[union-attr]
+    network = Seen()
+    model(network=network, **changes).loss(rows, u)
+    (conditioning,) = network.conditionings
     return conditioning
 
 
