@@ -1,0 +1,27 @@
+"""A network and the conditioner that tells it of the captions."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from carrara.network.conditioning import Conditioning
+
+
+class Conditioned(nn.Module):
+    """Network and conditioner, which are trained, saved and exported together."""
+
+    network: nn.Module
+    conditioner: nn.Module
+
+    def __init__(self, network: nn.Module, conditioner: nn.Module):
+        super().__init__()
+        self.network = network
+        self.conditioner = conditioner
+
+    def conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
+        """Of a batch's captions, or as their cache has it; of the empty caption where `drop` (B,) says so."""
+        if "tokens" in batch:
+            encoded = Conditioning(batch["tokens"], batch["mask"], batch["pooled"])
+            return encoded.where(drop, self.conditioner([""] * len(drop)))
+        captions = ["" if d else caption for d, caption in zip(drop.tolist(), batch["captions"], strict=True)]
+        return self.conditioner(captions)
