@@ -44,9 +44,7 @@ class FlowToImage:
         return len(self.network.blocks) + (self.model.noise_std is not None)
 
     @torch.no_grad()
-    def __call__(
-        self, captions: list[str], indices: Sequence[int], seed: int, on_step: OnStep | None = None
-    ) -> Tensor:
+    def __call__(self, captions: list[str], indices: Sequence[int], seed: int, on_step: OnStep | None = None) -> Tensor:
         """One picture a caption, (B, 3, R, R) in [−1, 1].
 
         Args:
