@@ -1,4 +1,4 @@
-"""Training a normalizing flow by maximum likelihood, in the latent space of a frozen auto-encoder (identity: pixels)."""
+"""Training a normalizing flow by maximum likelihood, in a frozen auto-encoder's latents (identity: in pixels)."""
 
 import math
 from typing import Any

@@ -35,7 +35,7 @@ class CausalBlock(nn.Module):
     def forward(
         self, x: Tensor, text: Tensor, mask: Tensor, angles: Tensor, caches: tuple[Cache, Cache] | None = None
     ) -> Tensor:
-        """Tokens (B, N, C), text (B, L, D), its mask (B, L), angles of the N, caches of both attentions -> (B, N, C)."""
+        """Tokens (B, N, C), text (B, L, D), mask (B, L), angles of the N, caches of both attentions -> (B, N, C)."""
         own, texts = (None, None) if caches is None else caches
         x = x + self.self_attention(self.norm1(x), angles=angles, causal=True, cache=own)
         x = x + self.cross_attention(self.norm2(x), text, mask, cache=texts)
@@ -180,9 +180,7 @@ class TarFlow(nn.Module):
 
     def inverse(self, z: Tensor, conditioning: Conditioning) -> Tensor:
         """The x (B, C, H, W) of a z (B, C, H, W), under the same conditioning."""
-        x = z
-        for x in self.inverse_steps(z, conditioning):
-            pass
+        *_, x = self.inverse_steps(z, conditioning)
         return x
 
     def inverse_steps(self, z: Tensor, conditioning: Conditioning, guide: Guide | None = None) -> Iterator[Tensor]:

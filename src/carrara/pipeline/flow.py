@@ -63,8 +63,8 @@ class FlowToImage:
 
         with torch.autocast(device.type, enabled=False):
             texts = self.model.generator.conditioner(captions)
-            x = self.temperature * noise
-            for step, x in enumerate(self.network.inverse_steps(x, *self._guided(texts))):  # noqa: B007
+            steps = self.network.inverse_steps(self.temperature * noise, *self._guided(texts))
+            for step, x in enumerate(steps):
                 tell(step, x)
             if self.model.noise_std is not None:
                 x = x + self.model.noise_std**2 * self.score(x, texts)
