@@ -17,8 +17,9 @@ from carrara.diffusion.guidance import Guidance
 from carrara.diffusion.sampler import Ancestral, Denoise, Noise, Sampler, Steps, eps_from
 from carrara.diffusion.schedule import Level, NoiseSchedule
 from carrara.model.diffusion import DiffusionModel
+from carrara.pipeline.denoising import Sampling
 from carrara.pipeline.pictures import grid, to_uint8
-from carrara.pipeline.text_to_image import Sampling, TextToImage
+from carrara.pipeline.text_to_image import TextToImage
 from experiments.tools import table, trained
 
 NUM_IMAGES, SHOWN = 256, 8
@@ -44,12 +45,10 @@ class SubtractOnly(Sampler):
 SAMPLERS = {"Algorithm 2": Ancestral(), "mean only": MeanOnly(), "subtract only": SubtractOnly()}
 
 
-def sampled(pipeline: TextToImage, how: Sampling, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def sampled(pipeline: TextToImage, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Pictures (B, 3, R, R) and the standard deviation of the latents they were decoded from."""
     latents: list[Tensor] = []
-    pictures = pipeline(
-        batch["captions"], batch["positions"].tolist(), 0, how, lambda k, t, x, x0_hat: latents.append(x)
-    )
+    pictures = pipeline(batch["captions"], batch["positions"].tolist(), 0, lambda k, t, x, x0_hat: latents.append(x))
     return pictures, latents[-1].std()
 
 
@@ -60,15 +59,14 @@ def main() -> None:
     assert isinstance(model, DiffusionModel)
     data = build(config["data"])
     times = build_sampling(config, model.autoencoder).times
-    pipeline = TextToImage.of(model, config["data"]["resolution"])
     rows, tiles = [], []
     for name, sampler in SAMPLERS.items():
-        how = Sampling(sampler, times, Guidance(1.0))
+        pipeline = TextToImage(model, config["data"]["resolution"], Sampling(sampler, times, Guidance(1.0)))
         judge = PictureScores(modules["evaluator"], None, None, data.prompt_check, NUM_IMAGES, torch.device("cpu"))  # type: ignore[arg-type]
         stds = []
         for start in range(0, NUM_IMAGES, 64):
             batch = data.validation.take(data.validation.splits["held_out"][start : start + 64])
-            made, std = sampled(pipeline, how, batch)
+            made, std = sampled(pipeline, batch)
             stds.append(std)
             pictures = to_uint8(made)
             judge.add_real(batch["images"], batch["positions"])

@@ -19,6 +19,7 @@ KL_NODE = {
     "channels": [8, 8],
     "num_blocks": 1,
     "patch": 1,
+    "kl_weight": 1e-6,
 }
 TEXT_NODE = {
     "_target_": "carrara.conditioner.text.Text",
@@ -208,7 +209,7 @@ def test_a_component_can_be_asked_without_its_weights(saved):
 
 def test_a_predictor_may_hold_parts_of_several_groups(saved):
     node = {
-        "_target_": "carrara.model.diffusion.NoisePredictor",
+        "_target_": "carrara.model.conditioned.Conditioned",
         "network": {"_target_": "carrara.network.unet.UNet"},
         "conditioner": {"_target_": "carrara.conditioner.text.Text"},
     }

@@ -33,7 +33,7 @@ def config(composed) -> dict[str, Any]:
 
 
 def test_every_key_changes_what_it_names(config):
-    order = {
+    order = NOTHING | {
         "sampler": "heun_churn", "spacing": "karras", "thresholding": "dynamic", "num_steps": 7, "guidance_scale": 4.0,
         "guidance_rescale": 0.5, "guidance_interval": [0.1, 0.8],
     }  # fmt: skip
@@ -50,6 +50,15 @@ def test_every_key_changes_what_it_names(config):
     assert rest == {key: value for key, value in before.items() if key != "diffusion"}
 
 
+def test_what_a_pipeline_has_is_set_there():
+    """And nothing else of diffusion is known to a run without it."""
+    config = {"name": "dalle", "pipeline": {"temperature": 1.0, "guidance_scale": 1.0}}
+    set_sampling(config, CONF, NOTHING | {"temperature": 0.5, "guidance_scale": 3.0})
+    assert config["pipeline"] == {"temperature": 0.5, "guidance_scale": 3.0}
+    with pytest.raises(UserError, match="dalle is not sampled with a sampler: leave it out"):
+        set_sampling(config, CONF, NOTHING | {"sampler": "ddim"})
+
+
 def test_unknown_options_and_runs_that_sample_nothing(config):
     with pytest.raises(UserError, match="sampler=huen is not known; did you mean heun"):
         set_sampling(config, CONF, NOTHING | {"sampler": "huen"})
@@ -59,6 +68,8 @@ def test_unknown_options_and_runs_that_sample_nothing(config):
         set_sampling(config, CONF, NOTHING | {"spacing": "x"})
     autoencoder = {"name": "autoencoder"}
     set_sampling(autoencoder, CONF, NOTHING)
+    with pytest.raises(UserError, match="pixel_unet is not sampled with a temperature: leave it out"):
+        set_sampling(config, CONF, NOTHING | {"temperature": 0.9})
     with pytest.raises(UserError, match="autoencoder samples nothing: leave num_steps out"):
         set_sampling(autoencoder, CONF, NOTHING | {"num_steps": 3})
 

@@ -41,7 +41,7 @@ from carrara.network.dit import DiT
 from carrara.network.tarflow import TarFlow
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
-from carrara.pipeline.text_to_image import Sampling
+from carrara.pipeline.denoising import Sampling
 
 COLORS = ["red", "green", "blue", "white"]
 CAPTIONS = [f"a {size} {color} {shape}" for size in ("big", "small") for color in COLORS for shape in ("disc", "cube")]
@@ -161,6 +161,7 @@ def kl(**changes: Any) -> KL:
         "channels": [8, 16],
         "num_blocks": 1,
         "patch": 2,
+        "kl_weight": 1e-3,
     }
     return KL(**settings | changes)
 
@@ -233,7 +234,6 @@ def flow_model(**changes: Any) -> FlowModel:
 def autoencoder_model(**changes: Any) -> AutoencoderModel:
     settings: dict[str, Any] = {
         "autoencoder": kl(),
-        "kl_weight": 1e-3,
         "perceptual": None,
         "perceptual_weight": 0.1,
         "adversarial_weight": 0.0,

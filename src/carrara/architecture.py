@@ -13,10 +13,11 @@ from carrara.conditioner.base import Conditioner
 from carrara.config import Config, build
 from carrara.data.buckets import bucket_sizes
 from carrara.errors import UserError
+from carrara.model.base import Model
 from carrara.network.conditioning import Conditioning
 
 
-def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
+def meta_modules(config: Config) -> tuple[dict[str, nn.Module], Model]:
     """The run's architectures by node, parts it does not train frozen, and the LightningModule that holds them.
 
     All are on PyTorch's meta device: shapes without memory.
@@ -29,7 +30,7 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
             modules[name].requires_grad_(False)
         # what is neither a setting nor an architecture (an objective, say) has no parameters to count
         rest = {p.name: modules.get(p.name) for p in parameters if p.name not in node}
-        model = build(node, **rest)
+        model: Model = build(node, **rest)
     known = {id(p) for module in modules.values() for p in module.parameters()}
     others = nn.ParameterList(p for p in model.parameters() if id(p) not in known)
     if len(others):
@@ -38,7 +39,7 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], nn.Module]:
 
 
 def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
-    """Calls the network once on shapes without numbers.
+    """Calls a noise predictor once on shapes without numbers.
 
     Args:
         config: of the run.
@@ -47,9 +48,9 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         UserError: it does not fit the latents, or the conditioner's tokens.
     """
-    network, autoencoder, conditioner = (modules.get(name) for name in ("network", "autoencoder", "conditioner"))
-    if network is None:
+    if "diffusion" not in config:
         return
+    network, autoencoder, conditioner = (modules[name] for name in ("network", "autoencoder", "conditioner"))
     assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
     data, width = config["data"], conditioner.width
     for height_px, width_px in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):

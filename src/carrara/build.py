@@ -1,7 +1,7 @@
 """From a run's resolved config to its objects."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from carrara.diffusion.objective import Objective
 from carrara.diffusion.thresholding import Unbounded
 from carrara.errors import UserError
 from carrara.model.base import Model
-from carrara.pipeline.text_to_image import Sampling, TextToImage
+from carrara.model.diffusion import DiffusionModel
+from carrara.pipeline.base import Pipeline
+from carrara.pipeline.denoising import Sampling
 from carrara.run_folder import component_folder, is_finished, load_config
 
 _HOPELESS = 1000.0  # sigma / alpha; the linear schedule of DDPM begins at 157, Stable Diffusion's at 15
@@ -41,7 +43,7 @@ def build_objective(config: Config) -> Objective:
         raise UserError(f"diffusion: {error}") from None
 
 
-def build_sampling(config: Config, autoencoder: Autoencoder, weak: TextToImage | None = None) -> Sampling:
+def build_sampling(config: Config, autoencoder: Autoencoder, weak: DiffusionModel | None = None) -> Sampling:
     """How a run samples; steps that its schedule does not have, or bounds on latents, are a `UserError`."""
     node = config["diffusion"]
     sampler, spacing, guidance, thresholding = (
@@ -94,29 +96,51 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
     available: dict[str, Any] = dict(modules)
     if "diffusion" in config:
         available["objective"] = build_objective(config)
-    model_class = build({"_target_": node["_target_"], "_partial_": True}).func
-    wanted = inspect.signature(model_class).parameters.keys() - node.keys()
-    return build(node, **{name: available[name] for name in available.keys() & wanted}), modules
+    model_class = build({"_target_": node["_target_"], "_partial_": True})
+    rest = {name: value for name, value in available.items() if name not in node}
+    return build(node, **_wanted(model_class, rest)), modules
 
 
-def build_scores(
-    config: Config, data: ShardData, modules: Mapping[str, nn.Module], weak: TextToImage | None = None
-) -> list[Score]:
-    """The scores of every epoch; each takes what it asks for of what there is."""
-    available: dict[str, Any] = {"check": data.prompt_check}
+def build_pipeline(
+    config: Config, modules: Mapping[str, nn.Module], weak: DiffusionModel | None = None
+) -> Callable[[Model], Pipeline]:
+    """What makes a pipeline of the run's model as it is then: its `pipeline` node, with what that asks for.
+
+    Raises:
+        UserError: the run trains nothing that makes pictures, or settings of its sampling that are impossible.
+    """
+    if "pipeline" not in config:
+        raise UserError(f"model={config['name']} makes no pictures")
+    available: dict[str, Any] = {**_judges(config, modules), "resolution": config["data"]["resolution"]}
     if "diffusion" in config:
         autoencoder = modules["autoencoder"]
         assert isinstance(autoencoder, Autoencoder)
         available["sampling"] = build_sampling(config, autoencoder, weak)
-        part = config.get("part") or {}
-        for judge in ("evaluator", "classifier"):  # an untrained one never judges
-            available[judge] = modules.get(judge) if part.get(judge) is not None else None
+    node = config["pipeline"]
+    wanted = _wanted(build({**node, "_partial_": True}), available)
+    return lambda model: build(node, model=model, **wanted)
+
+
+def build_scores(
+    config: Config, data: ShardData, modules: Mapping[str, nn.Module], weak: DiffusionModel | None = None
+) -> list[Score]:
+    """The scores of every epoch; each takes what it asks for of what there is."""
+    available: dict[str, Any] = {**_judges(config, modules), "check": data.prompt_check}
+    if "pipeline" in config:
+        available["pipeline"] = build_pipeline(config, modules, weak)
     score = build(config["callback"]["score"])
-    wanted = inspect.signature(score).parameters.keys()
-    return [
-        build(config["callback"]["validation_loss"]),
-        score(**{name: available[name] for name in available.keys() & wanted}),
-    ]
+    return [build(config["callback"]["validation_loss"]), score(**_wanted(score, available))]
+
+
+def _judges(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module | None]:
+    """The trained evaluator and classifier of a run; an untrained one never judges."""
+    part = config.get("part") or {}
+    return {kind: modules.get(kind) if part.get(kind) is not None else None for kind in ("evaluator", "classifier")}
+
+
+def _wanted(factory: Callable[..., Any], available: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `available` a constructor asks for by name."""
+    return {name: available[name] for name in available.keys() & inspect.signature(factory).parameters.keys()}
 
 
 def usable_cache(config: Config, data: ShardData, modules: Mapping[str, nn.Module]) -> Use:
@@ -151,10 +175,10 @@ def latent_facts(autoencoder: Path, decoding: Decoding) -> Facts:
 
 def exported_config(config: Config, kind: str) -> Config:
     """The node a run's exported part is built from."""
-    if kind != "noise_predictor":
+    if kind not in ("noise_predictor", "generator"):
         return dict(config[kind])
     return {
-        "_target_": "carrara.model.diffusion.NoisePredictor",
+        "_target_": "carrara.model.conditioned.Conditioned",
         "network": config["network"],
         "conditioner": _node(config, "conditioner"),
     }

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONFIG, WEIGHTS, CARD = "config.yaml", "weights.safetensors", "card.json"
-_PACKAGES = {"noise_predictor": ("model", "network", "conditioner")}  # of other kinds it is the kind's own
+_PACKAGES = dict.fromkeys(("noise_predictor", "generator"), ("model", "network", "conditioner"))
+"""Of other kinds it is the kind's own."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from carrara.config import Config, build, load_yaml
 from carrara.diffusion.spacing import Uniform
 from carrara.errors import UserError
 from carrara.model.diffusion import DiffusionModel
-from carrara.pipeline.text_to_image import TextToImage
 from carrara.run_folder import component_folder, find_run, is_finished
 
 _OPTIONS = ("sampler", "spacing", "thresholding")
@@ -24,11 +23,12 @@ _VALUES = {
     "guidance_rescale": ("guidance", "rescale"),
     "guidance_interval": ("guidance", "interval"),
 }
-SAMPLING_KEYS = (*_OPTIONS, *_VALUES)  # of generate.py and evaluate.py
+_OF_PIPELINES = ("temperature", "top_k", "top_p", "candidates")  # and whatever of the others a pipeline has
+SAMPLING_KEYS = (*_OPTIONS, *_VALUES, *_OF_PIPELINES)  # of generate.py and evaluate.py
 _DENOISING = ("schedule", "parameterization")
 
 
-def load_weak(reference: str, config: Config, runs_dir: Path, device: torch.device) -> tuple[TextToImage, str]:
+def load_weak(reference: str, config: Config, runs_dir: Path, device: torch.device) -> tuple[DiffusionModel, str]:
     """The weaker model of autoguidance, and the hash of its weights.
 
     Args:
@@ -60,8 +60,7 @@ def load_weak(reference: str, config: Config, runs_dir: Path, device: torch.devi
     if checkpoint is None:
         checkpoint = None if is_finished(folder) else newest_valid(folder / "checkpoints")
     card = read_component(component_folder(folder)).card if checkpoint is None else {"sha256": digest(checkpoint)}
-    pipeline = TextToImage.of(model.to(device), theirs["data"]["resolution"])
-    return pipeline, card["sha256"]
+    return model.to(device), card["sha256"]
 
 
 def _latents(config: Config) -> object:
@@ -74,23 +73,27 @@ def set_sampling(config: Config, conf_dir: Path, order: Mapping[str, Any]) -> No
 
     Args:
         order: `sampler`, `spacing`, `thresholding`: options of `conf/diffusion/…`; `num_steps`; `guidance_…`: of the
-            guidance.
+            guidance; and what the run's pipeline has.
 
     Raises:
-        UserError: a run without sampling, or an option that is not there.
+        UserError: a run that is not sampled, or not in that way, or an option that is not there.
     """
     given = {key: order[key] for key in SAMPLING_KEYS if order[key] is not None}
-    if given and "diffusion" not in config:
+    if given and "pipeline" not in config:
         raise UserError(f"{config['name']} samples nothing: leave {', '.join(given)} out")
     for key, value in given.items():
-        if key in _OPTIONS:
+        if key in config["pipeline"]:
+            config["pipeline"][key] = value
+        elif "diffusion" not in config or key in _OF_PIPELINES:
+            raise UserError(f"{config['name']} is not sampled with a {key}: leave it out")
+        elif key in _OPTIONS:
             config["diffusion"][key] = _option(conf_dir / "diffusion" / key, str(value))
-            continue
-        *path, last = _VALUES[key]
-        node = config["diffusion"]
-        for name in path:
-            node = node[name]
-        node[last] = value
+        else:
+            *path, last = _VALUES[key]
+            node = config["diffusion"]
+            for name in path:
+                node = node[name]
+            node[last] = value
 
 
 def check_steps(config: Config, likelihood_steps: Any) -> None:

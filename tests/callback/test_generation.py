@@ -9,17 +9,18 @@ from carrara.callback.generation import Generation, PictureScores
 from carrara.diffusion.sampler import Euler
 from carrara.metric.extractor import OwnExtractor
 from carrara.metric.float64_metric import Float64Metric
+from carrara.pipeline.denoising import Sampling
+from carrara.pipeline.text_to_image import TextToImage
 from tests.tiny import CAPTIONS, awake, classifier_model, clip, diffusion_model, sampling, setting
 
 
-def generation(**changes) -> Generation:
+def generation(how: Sampling | None = None, **changes) -> Generation:
     settings: dict[str, Any] = {
-        "sampling": sampling(num_steps=3),
+        "pipeline": lambda model: TextToImage(model, 8, how or sampling(num_steps=3)),
         "seed": 0,
         "num_images": 6,
         "batch_size": 4,
         "num_frames": 2,
-        "resolution": 8,
         "inception": None,
         "evaluator": clip().eval(),
         "classifier": None,
@@ -161,5 +162,5 @@ def test_the_sampler_and_its_steps_are_the_ones_asked_for():
             steps.append(len(levels) - 1)
             yield from super().steps(denoise, x, schedule, levels, noise)
 
-    generation(sampling=sampling(Counting(), num_steps=5), evaluator=None)(model(), setting(8))
+    generation(sampling(Counting(), num_steps=5), evaluator=None)(model(), setting(8))
     assert set(steps) == {5}

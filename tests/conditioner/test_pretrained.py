@@ -22,7 +22,8 @@ from carrara.component import load_component, save_component
 from carrara.conditioner.pretrained import Pretrained
 from carrara.config import build, compose
 from carrara.errors import UserError
-from carrara.model.diffusion import DiffusionModel, NoisePredictor
+from carrara.model.conditioned import Conditioned
+from carrara.model.diffusion import DiffusionModel
 from tests.tiny import CAPTIONS, batches, diffusion_model, trainer
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -282,7 +283,7 @@ def test_the_state_has_a_reference_and_no_weights(folder):
 
 def node(folder: Path) -> dict[str, Any]:
     return {
-        "_target_": "carrara.model.diffusion.NoisePredictor",
+        "_target_": "carrara.model.conditioned.Conditioned",
         "network": {
             "_target_": "carrara.network.unet.UNet",
             "in_channels": 3,
@@ -309,12 +310,12 @@ def node(folder: Path) -> dict[str, Any]:
 
 def test_a_component_comes_back_without_its_weights(tmp_path, folder):
     predictor = build(node(folder))
-    assert isinstance(predictor, NoisePredictor)
+    assert isinstance(predictor, Conditioned)
     save_component(tmp_path / "component", "noise_predictor", node(folder), predictor, CARD)
     written = load_file(tmp_path / "component" / "weights.safetensors")
     assert [key for key in written if not key.startswith("network.")] == ["conditioner.encoder._extra_state"]
     loaded, _ = load_component(tmp_path / "component", "noise_predictor")
-    assert isinstance(loaded, NoisePredictor)
+    assert isinstance(loaded, Conditioned)
     assert torch.equal(loaded.conditioner([CAPTION]).tokens, predictor.conditioner([CAPTION]).tokens)
     torch.testing.assert_close(loaded.state_dict(), predictor.state_dict(), rtol=0, atol=0)
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,11 +21,12 @@ def pipeline(**changes) -> TextToImage:
     torch.manual_seed(0)
     model = diffusion_model(**changes).eval()
     awake(model.predictor)
-    return TextToImage.of(model, 8)
+    return TextToImage(model, 8, sampling(None, 1.0, 20))
 
 
 def paint(made: TextToImage, source: Source, sampler=None, num_steps: int = 20, **how) -> Tensor:
-    return made(["a big red disc"] * 2, [0, 1], 0, sampling(sampler, 1.0, num_steps), source=source, **how)
+    how_to = sampling(sampler, 1.0, num_steps)
+    return replace(made, sampling=how_to, source=source)(["a big red disc"] * 2, [0, 1], 0, **how)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_it_starts_from_the_noised_picture():
         seen.append(x.clone())
         return x * 0
 
-    made.network.forward = forward
+    made.model.predictor.network.forward = forward
     paint(made, Source(IMAGE, 0.25))
     noise = (seen[0] - 0.75 * IMAGE) / 0.25
     assert noise.mean().abs() < 0.2 and noise.std().item() == pytest.approx(1, abs=0.15)
@@ -91,7 +94,7 @@ def test_a_latent_with_any_pixel_to_paint_is_painted():
     made = pipeline(autoencoder=kl(downsampling=4))
     kept = []
     paint(made, Source(IMAGE, 1.0, LEFT), on_step=lambda step, t, x, x0_hat: kept.append(x0_hat))
-    z0 = made.autoencoder.encode(IMAGE[None])[0]
+    z0 = made.model.autoencoder.encode(IMAGE[None])[0]
     right = torch.stack([torch.isclose(x0_hat, z0).all(1)[:, :, 1].all() for x0_hat in kept])
     left = torch.stack([torch.isclose(x0_hat, z0).all(1)[:, :, 0].any() for x0_hat in kept])
     assert right.all() and not left.any()
@@ -100,7 +103,7 @@ def test_a_latent_with_any_pixel_to_paint_is_painted():
 def test_pictures_from_a_picture_are_the_same_at_any_batch_size():
     made, source = pipeline(), Source(IMAGE, 0.6, LEFT)
     whole = paint(made, source)
-    one = made(["a big red disc"], [1], 0, sampling(None, 1.0, 20), source=source)
+    one = replace(made, source=source)(["a big red disc"], [1], 0)
     torch.testing.assert_close(one[0], whole[1], atol=1e-4, rtol=0)
 
 

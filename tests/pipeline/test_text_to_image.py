@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -5,7 +7,6 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from carrara.autoencoder.identity import Identity
 from carrara.conditioner.text import Unconditional
 from carrara.diffusion.guidance import Guidance
 from carrara.diffusion.langevin import AnnealedLangevin, PredictorCorrector
@@ -14,8 +15,10 @@ from carrara.diffusion.objective import Objective
 from carrara.diffusion.sampler import Ancestral, Euler, Heun, Sampler
 from carrara.diffusion.thresholding import Dynamic
 from carrara.network.conditioning import Conditioning
-from carrara.pipeline.text_to_image import Sampling, TextToImage, Watch
-from tests.tiny import CAPTIONS, awake, diffusion_model, epsilon_objective, kl, sampling, text
+from carrara.pipeline.base import OnStep, Watch
+from carrara.pipeline.denoising import Sampling
+from carrara.pipeline.text_to_image import TextToImage
+from tests.tiny import CAPTIONS, awake, diffusion_model, epsilon_objective, kl, sampling
 
 SAMPLERS = [
     Ancestral(), Ancestral(variance="beta"), Euler(), Heun(), Heun(s_churn=3), DPMSolverPP2M(), DPMSolverPP2M(True),
@@ -27,7 +30,13 @@ def pipeline(**changes: Any) -> TextToImage:
     torch.manual_seed(0)
     model = diffusion_model(**changes).eval()
     awake(model.predictor)
-    return TextToImage.of(model, 8)
+    return TextToImage(model, 8, sampling())
+
+
+def make(
+    made: TextToImage, captions: list[str], indices: Sequence[int], how: Sampling, on_step: OnStep | None = None
+) -> Tensor:
+    return replace(made, sampling=how)(captions, indices, 0, on_step)
 
 
 def pictures(
@@ -39,7 +48,7 @@ def pictures(
     **how: Any,
 ) -> Tensor:
     captions = [CAPTIONS[k % len(CAPTIONS)] for k in indices]
-    return made(captions, indices, seed, sampling(sampler, **how), on_step)
+    return replace(made, sampling=sampling(sampler, **how))(captions, indices, seed, on_step)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -83,8 +92,9 @@ class Calls(nn.Module):
 
 
 def counted(made: TextToImage) -> Calls:
-    made.network = Calls(made.network)
-    return made.network
+    predictor = made.model.predictor
+    predictor.network = Calls(predictor.network)
+    return predictor.network
 
 
 @pytest.mark.parametrize("sampler", [Ancestral(), Euler(), DPMSolverPP2M()])
@@ -105,26 +115,26 @@ def test_scale_one_is_the_conditional_picture_alone():
 
 def test_scale_zero_is_the_picture_of_the_empty_caption():
     made = pipeline()
-    empty = made(["", ""], [0, 1], 0, sampling(scale=1.0))
+    empty = make(made, ["", ""], [0, 1], sampling(scale=1.0))
     torch.testing.assert_close(pictures(made, [0, 1], scale=0.0), empty, atol=1e-4, rtol=0)
 
 
 def test_the_caption_changes_the_picture():
     made = pipeline()
-    a, b = (made([c], [0], 0, sampling(Euler(), 1.0)) for c in ("a big red disc", "a small blue cube"))
+    a, b = (make(made, [c], [0], sampling(Euler(), 1.0)) for c in ("a big red disc", "a small blue cube"))
     assert (a - b).abs().max() > 1e-3
 
 
 def test_latents_are_decoded_once(monkeypatch):
     made = pipeline(autoencoder=kl(downsampling=4))
     decoded = []
-    decode = made.autoencoder.decode
+    decode = made.model.autoencoder.decode
 
     def watched(z: Tensor) -> Tensor:
         decoded.append(tuple(z.shape))
         return decode(z)
 
-    monkeypatch.setattr(made.autoencoder, "decode", watched)
+    monkeypatch.setattr(made.model.autoencoder, "decode", watched)
     assert pictures(made, [0, 1]).shape == (2, 3, 8, 8)
     assert decoded == [(2, 4, 2, 2)]
 
@@ -132,7 +142,7 @@ def test_latents_are_decoded_once(monkeypatch):
 def test_it_makes_pictures_without_captions():
     made = pipeline(conditioner=Unconditional(8))
     how = sampling(Euler(), 1.0, 3)
-    assert torch.equal(made(["", ""], [0, 1], 0, how), made(["what", "ever"], [0, 1], 0, how))
+    assert torch.equal(make(made, ["", ""], [0, 1], how), make(made, ["what", "ever"], [0, 1], how))
 
 
 def test_no_gradient_is_kept():
@@ -142,26 +152,26 @@ def test_no_gradient_is_kept():
 def test_guidance_acts_within_its_interval_only():
     calls = counted(made := pipeline())
     times = torch.linspace(1, 0, 11, dtype=torch.float64)
-    made(["a", "b"], [0, 1], 0, Sampling(Euler(), times, Guidance(3.0, interval=(0.35, 0.75))))
+    make(made, ["a", "b"], [0, 1], Sampling(Euler(), times, Guidance(3.0, interval=(0.35, 0.75))))
     assert calls.sizes == [2, 2, 2, 4, 4, 4, 4, 2, 2, 2]  # at t = 1, 0.9, ..., 0.1
 
 
 def test_a_weaker_model_guides_instead_of_the_empty_caption():
     made, weak = pipeline(), pipeline()
     calls, weak_calls = counted(made), counted(weak)
-    same = made(["a", "b"], [0, 1], 0, sampling(Euler(), 3.0, weak=weak))
+    same = make(made, ["a", "b"], [0, 1], sampling(Euler(), 3.0, weak=weak.model))
     assert calls.sizes == weak_calls.sizes == [2] * 4  # and no second half
     # equally good: they do not differ, and nothing is led away from
-    torch.testing.assert_close(same, made(["a", "b"], [0, 1], 0, sampling(Euler(), 1.0)), atol=1e-5, rtol=0)
-    for parameter in weak.network.parameters():
+    torch.testing.assert_close(same, make(made, ["a", "b"], [0, 1], sampling(Euler(), 1.0)), atol=1e-5, rtol=0)
+    for parameter in weak.model.predictor.network.parameters():
         parameter.data *= 0.9
-    assert not torch.allclose(made(["a", "b"], [0, 1], 0, sampling(Euler(), 3.0, weak=weak)), same, atol=1e-3)
+    assert not torch.allclose(make(made, ["a", "b"], [0, 1], sampling(Euler(), 3.0, weak=weak.model)), same, atol=1e-3)
 
 
 def test_thresholded_estimates_are_what_the_sampler_goes_to():
     made, estimates = pipeline(), []
     how = sampling(Euler(), 30.0, thresholding=Dynamic())
-    made(["a", "b"], [0, 1], 0, how, lambda step, t, x, x0_hat: estimates.append(x0_hat))
+    make(made, ["a", "b"], [0, 1], how, lambda step, t, x, x0_hat: estimates.append(x0_hat))
     assert max(estimate.abs().max().item() for estimate in estimates) <= 1
 
 
@@ -181,9 +191,9 @@ def test_thresholded_estimates_are_what_the_sampler_goes_to():
     ],
 )
 def test_frames_are_spread_evenly_and_the_last_step_is_among_them(num_steps, num_frames, kept):
-    made = pipeline()
-    watch = Watch(made, num_steps, num_frames, num_samples=1)
-    last = pictures(made, [0, 1], Euler(), num_steps=num_steps, on_step=watch)
+    made = replace(pipeline(), sampling=sampling(Euler(), num_steps=num_steps))
+    watch = Watch(made, num_frames, num_samples=1)
+    last = made(CAPTIONS[:2], [0, 1], 0, watch)
     assert len(watch.frames) == len(watch.estimates) == len(watch.times) == min(num_frames, num_steps)
     assert torch.equal(watch.frames[-1], last[:1]) and watch.times[-1] == 0
     gaps = [b - a for a, b in zip([-1, *sorted(watch.kept)], sorted(watch.kept), strict=False)]
@@ -210,9 +220,10 @@ class Gray(nn.Module):
 @pytest.mark.parametrize("sampler", [Euler(), DPMSolverPP2M(), Ancestral()])
 def test_estimates_come_nearer_to_the_picture_step_by_step(sampler):
     steps = epsilon_objective()
-    made = TextToImage(Gray(steps), text(), Identity(), steps, 8)
-    watch = Watch(made, 40, 10, num_samples=64)
-    final = made([""] * 64, range(64), 0, sampling(sampler, 1.0, 40), watch)
+    model = diffusion_model(network=Gray(steps), objective=steps)
+    made = TextToImage(model, 8, sampling(sampler, 1.0, 40))
+    watch = Watch(made, 10, num_samples=64)
+    final = made([""] * 64, range(64), 0, watch)
     errors = [float((estimate - final).square().mean()) for estimate in watch.estimates]
     assert stats.spearmanr(range(10), errors).statistic <= -0.9
     assert errors[0] > 0.05 > 1e-4 > errors[-1]

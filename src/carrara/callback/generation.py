@@ -1,5 +1,6 @@
 """Scores of pictures generated for the validation captions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,8 @@ from carrara.metric.kernel_distance import KernelDistance
 from carrara.metric.prompt_accuracy import Check, PromptAccuracy
 from carrara.metric.r_precision import RPrecision
 from carrara.model.base import Model
-from carrara.model.diffusion import DiffusionModel
+from carrara.pipeline.base import Pipeline, Watch
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
-from carrara.pipeline.text_to_image import Sampling, TextToImage, Watch
 
 
 @dataclass
@@ -115,40 +115,34 @@ class Generation:
     """Logs the scores of `PictureScores` for each split; leaves a grid and the strip from noise to picture.
 
     Args:
-        sampling, seed: how the pictures are made.
+        pipeline: makes one of a model.
+        seed: of the pictures.
         num_images: captions of each split; all if there are fewer.
         batch_size: pictures in a chunk.
         num_frames: columns of the strip.
-        resolution: of the pictures.
         inception: the path of the weights for `val/fid_inception`; None to go without.
         evaluator, classifier, check: see `PictureScores`.
     """
 
     def __init__(
         self,
-        sampling: Sampling,
+        pipeline: Callable[[Model], Pipeline],
         seed: int,
         num_images: int,
         batch_size: int,
         num_frames: int,
-        resolution: int,
         inception: str | None,
         evaluator: CLIP | None,
         classifier: CNN | None,
         check: Check | None,
     ):
-        self.sampling, self.seed = sampling, seed
+        self.pipeline, self.seed = pipeline, seed
         self.num_images, self.batch_size, self.num_frames = num_images, batch_size, num_frames
-        self.resolution = resolution
         self.evaluator, self.classifier, self.check = evaluator, classifier, check
         self.inception = None if inception is None else InceptionExtractor(inception)
 
     def __call__(self, model: Model, setting: Setting) -> dict[str, float]:
-        assert isinstance(model, DiffusionModel)
-        return self.score(TextToImage.of(model, self.resolution), setting)
-
-    def score(self, pipeline: TextToImage, setting: Setting) -> dict[str, float]:
-        """The scores of a pipeline's pictures; every rank calls it."""
+        pipeline = self.pipeline(model)
         for module in (self.evaluator, self.classifier, self.inception):
             if isinstance(module, nn.Module):
                 module.to(setting.device)
@@ -161,9 +155,9 @@ class Generation:
             for chunk in setting.chunks(indices, self.batch_size):
                 batch = setting.validation.take(chunk)
                 first = chunk[0] == indices[0] and setting.samples_dir is not None
-                watch = Watch(pipeline, self.sampling.num_steps, self.num_frames, STRIP_ROWS) if first else None
+                watch = Watch(pipeline, self.num_frames, STRIP_ROWS) if first else None
                 with torch.no_grad(), setting.autocast():
-                    made = pipeline(batch["captions"], batch["positions"].tolist(), self.seed, self.sampling, watch)
+                    made = pipeline(batch["captions"], batch["positions"].tolist(), self.seed, watch)
                     pictures = to_uint8(made)
                     real = batch["images"].to(setting.device)
                     judge.add_real(real, batch["positions"])
@@ -188,6 +182,6 @@ class Generation:
         tiles = [{"caption": c, "correct": answer.get("all")} for c, answer in zip(captions, answers, strict=True)]
         name = "epoch" if split == "held_out" else split
         save_grid(setting.samples_dir / f"{name}={setting.epoch:04d}.png", pictures, 8, tiles)
-        if split == "held_out" and watch is not None:
+        if split == "held_out" and watch is not None and watch.frames:
             frames = torch.stack([to_uint8(frame) for frame in watch.frames])
             save_strip(setting.samples_dir / "strip.png", frames, captions[:STRIP_ROWS], watch.times)

@@ -1,21 +1,22 @@
 """`python generate.py run=DIR prompt="…"`: pictures, a grid and the strip of intermediate steps."""
 
 import logging
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from carrara.build import build_sampling, load_trained
+from carrara.build import build_pipeline, load_trained
 from carrara.command_line import quote_free_text, split_flags
 from carrara.config import Config, compose
 from carrara.data.decode import DecodeError, decode_image
 from carrara.errors import UserError
-from carrara.model.diffusion import DiffusionModel
+from carrara.pipeline.base import Watch
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
 from carrara.pipeline.source import Source
-from carrara.pipeline.text_to_image import TextToImage, Watch
+from carrara.pipeline.text_to_image import TextToImage
 from carrara.precision import default_device
 from carrara.run_folder import find_run
 from carrara.sampling import load_weak, set_sampling
@@ -45,24 +46,28 @@ def main(conf_dir: Path, argv: list[str]) -> None:
             raise UserError(f"{key} must be a whole number from 1 on, not {order[key]!r}")
     if not prompts:
         raise UserError("prompt is an empty list: give at least one caption")
-    config, model, _ = load_trained(folder)
-    if not isinstance(model, DiffusionModel):
-        raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a diffusion run")
+    config, model, modules = load_trained(folder)
+    if "pipeline" not in config:
+        raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a run that does")
     set_sampling(config, conf_dir, order)
     device = default_device()
     weak = None if order["weak"] is None else load_weak(str(order["weak"]), config, Path(order["runs_dir"]), device)[0]
-    sampling = build_sampling(config, model.autoencoder, weak)
+    for module in (model, *modules.values()):
+        module.to(device)
+    pipeline = build_pipeline(config, modules, weak)(model)
     source = _source(order, config["data"]["resolution"])
-    pipeline = TextToImage.of(model.to(device), config["data"]["resolution"])
-    num_steps = sampling.num_steps if source is None else len(source.rest_of(sampling.times)) - 1
-    watch = Watch(pipeline, num_steps, order["num_frames"], _STRIP_ROWS)
+    if source is not None:
+        if not isinstance(pipeline, TextToImage):
+            raise UserError(f"{config['name']} does not start from a picture: leave image out")
+        pipeline = replace(pipeline, source=source)
+    watch = Watch(pipeline, order["num_frames"], _STRIP_ROWS)
     captions = [prompt for prompt in prompts for _ in range(order["count"])]
     pictures = []
     for start in range(0, len(captions), order["batch_size"]):
         chunk = captions[start : start + order["batch_size"]]
         indices = range(start, start + len(chunk))
         on_step = watch if start == 0 else None
-        made = pipeline(chunk, indices, order["seed"], sampling, on_step, source)
+        made = pipeline(chunk, indices, order["seed"], on_step)
         pictures.append(to_uint8(made).cpu())
     images = torch.cat(pictures)
     out = Path(order["out"] or folder / "generated" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
@@ -74,9 +79,11 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     save_grid(out / "grid.png", images, columns, [{"caption": caption, "correct": None} for caption in captions])
     if source is not None:
         watch.frames[-1] = source.paste(watch.frames[-1])  # the last is the picture
-    frames = torch.stack([to_uint8(frame) for frame in watch.frames])
-    save_strip(out / "strip.png", frames, captions[:_STRIP_ROWS], watch.times)
-    _log.info("%d pictures, grid.png and strip.png in %s", len(images), out)
+    if watch.frames:
+        frames = torch.stack([to_uint8(frame) for frame in watch.frames])
+        save_strip(out / "strip.png", frames, captions[:_STRIP_ROWS], watch.times)
+    names = "grid.png and strip.png" if watch.frames else "grid.png"
+    _log.info("%d pictures, %s in %s", len(images), names, out)
 
 
 def _source(order: Config, resolution: int) -> Source | None:

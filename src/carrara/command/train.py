@@ -137,15 +137,17 @@ def _check_modules(config: Config) -> None:
     """What cannot be built, or does not fit, is told now, not after the parts are trained."""
     from carrara.architecture import check_fit, meta_modules
     from carrara.autoencoder.base import Autoencoder
-    from carrara.build import build_objective, build_sampling, doubtful_start
+    from carrara.build import build_objective, build_pipeline, build_sampling, doubtful_start
 
-    modules, _ = meta_modules(config)
+    modules, model = meta_modules(config)
     if "diffusion" in config:
         objective, autoencoder = build_objective(config), modules["autoencoder"]
         assert isinstance(autoencoder, Autoencoder)
         doubt = doubtful_start(objective, build_sampling(config, autoencoder))
         if doubt is not None:
             _log.warning("%s", doubt)
+    if "pipeline" in config:
+        build_pipeline(config, modules)(model)
     check_fit(config, modules)
 
 

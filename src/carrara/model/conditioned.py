@@ -1,4 +1,4 @@
-"""A network and the conditioner that tells it of the captions."""
+"""A network and what tells it the captions: trained, saved and exported together."""
 
 from typing import Any
 
@@ -8,7 +8,12 @@ from carrara.network.conditioning import Conditioning
 
 
 class Conditioned(nn.Module):
-    """Network and conditioner, which are trained, saved and exported together."""
+    """Network and conditioner of a model that makes pictures.
+
+    Args:
+        network: is called with the conditioner's answer.
+        conditioner: captions -> Conditioning.
+    """
 
     network: nn.Module
     conditioner: nn.Module

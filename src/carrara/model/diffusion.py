@@ -9,6 +9,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.diffusion.objective import Objective
 from carrara.model.base import Model, OptimizerFactory
+from carrara.model.conditioned import Conditioned
 from carrara.network.caption_mean import CaptionMean
 from carrara.network.conditioning import Conditioning
 
@@ -50,7 +51,7 @@ class DiffusionModel(Model):
         seed: int,
     ):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
-        self.predictor = NoisePredictor(network, conditioner)
+        self.predictor = Conditioned(network, conditioner)
         autoencoder.requires_grad_(False)
         self.autoencoder = autoencoder.eval()
         self.objective = objective
@@ -103,15 +104,3 @@ class DiffusionModel(Model):
             return encoded.where(drop, self.predictor.conditioner([""] * len(drop)))
         captions = ["" if d else caption for d, caption in zip(drop.tolist(), batch["captions"], strict=True)]
         return self.predictor.conditioner(captions)
-
-
-class NoisePredictor(nn.Module):
-    """Network and conditioner, which are trained, saved and exported together."""
-
-    network: nn.Module
-    conditioner: nn.Module
-
-    def __init__(self, network: nn.Module, conditioner: nn.Module):
-        super().__init__()
-        self.network = network
-        self.conditioner = conditioner
