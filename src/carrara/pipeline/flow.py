@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from carrara import keyed_random
-from carrara.diffusion.sampler import OnStep
 from carrara.model.flow import FlowModel, log_likelihood
 from carrara.network.conditioning import Conditioning
 from carrara.network.tarflow import Guide, TarFlow
+from carrara.pipeline.base import OnStep
+from carrara.pipeline.denoising import Draws
 
 
 class FlowToImage:
@@ -55,7 +55,7 @@ class FlowToImage:
         """
         device = self.model.device
         shape = self.model.autoencoder.latent_shape(self.resolution, self.resolution)
-        noise = keyed_random.normal(seed, torch.as_tensor(list(indices)), "generation/0", shape).to(device)
+        noise = Draws(seed, torch.as_tensor(list(indices))).of_shape(shape, device)()
 
         def tell(step: int, x: Tensor) -> None:
             if on_step is not None:
