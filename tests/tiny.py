@@ -222,6 +222,7 @@ def flow_model(**changes: Any) -> FlowModel:
         "autoencoder": Identity(),
         "noise_std": 0.05,
         "caption_dropout": 0.1,
+        "caption_mean_weight": 0.0,
         "optimizer": MUON,
         "warmup_steps": 0,
         "cooldown": 0.0,

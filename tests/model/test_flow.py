@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from carrara.model.flow import LEVEL, log_likelihood
+from carrara.model.flow import LEVEL, FlowModel, log_likelihood
 from carrara.network.conditioning import Conditioning
 from tests.tiny import batch, flow_model, kl, tarflow
 
@@ -24,6 +24,10 @@ class Captions(nn.Module):
         return Conditioning(ones, ones[..., 0].bool(), ones[:, 0])
 
 
+def noisy(model: FlowModel, one: dict[str, Any]) -> Tensor:
+    return model.noisy(model.images(one), one)
+
+
 def test_the_identity_has_the_likelihood_of_standard_normal_pictures():
     """To whose mean square the noise adds its own."""
     model, one = flow_model(noise_std=0.5), batch(range(64))
@@ -39,9 +43,9 @@ def test_the_log_determinant_counts():
         network.blocks[0].project_out.bias[12:] = math.log(2)  # type: ignore[union-attr]
     model, one = flow_model(network=network, noise_std=0.05), batch(range(8))
     normal = torch.distributions.Normal(0.0, 2.0)
-    wanted = -normal.log_prob(model.noisy(one)).mean()
+    wanted = -normal.log_prob(noisy(model, one)).mean()
     torch.testing.assert_close(model.loss(one)["loss"], wanted)
-    x = model.noisy(one)
+    x = noisy(model, one)
     summed = normal.log_prob(x).sum((1, 2, 3))
     torch.testing.assert_close(log_likelihood(x / 2, torch.full((8,), -192 * math.log(2))), summed)
 
@@ -61,7 +65,7 @@ def test_bits_per_dimension_bound_those_of_the_levels():
 
 def test_uniform_noise_stays_within_a_level():
     model, one = flow_model(noise_std=None), batch(range(16))
-    difference = (model.noisy(one) - model.images(one)) / LEVEL
+    difference = (noisy(model, one) - model.images(one)) / LEVEL
     assert difference.abs().max() < 0.5 + 1e-4
     assert float(difference.std()) == pytest.approx(12**-0.5, abs=0.01)
 
@@ -69,7 +73,7 @@ def test_uniform_noise_stays_within_a_level():
 @pytest.mark.parametrize("noise_std", [0.05, 0.2])
 def test_gaussian_noise_is_as_large_as_asked(noise_std):
     model, one = flow_model(noise_std=noise_std), batch(range(16))
-    difference = model.noisy(one) - model.images(one)
+    difference = noisy(model, one) - model.images(one)
     assert float(difference.std()) == pytest.approx(noise_std, rel=0.05)
     assert stats.kstest((difference.flatten() / noise_std).numpy(), "norm").pvalue > 1e-3
 
@@ -77,10 +81,10 @@ def test_gaussian_noise_is_as_large_as_asked(noise_std):
 @pytest.mark.parametrize("noise_std", [0.05, None])
 def test_noise_depends_on_the_position_alone(noise_std):
     model = flow_model(noise_std=noise_std)
-    together, apart = model.noisy(batch([3, 4, 5])), model.noisy(batch([5, 9]))
+    together, apart = noisy(model, batch([3, 4, 5])), noisy(model, batch([5, 9]))
     assert torch.equal(together[2], apart[0])
     later = {**batch([3, 4, 5]), "positions": torch.tensor([103, 104, 105])}
-    assert not torch.isclose(model.noisy(later), together, atol=1e-6).all(dim=1).any(dim=0).all()
+    assert not torch.isclose(noisy(model, later), together, atol=1e-6).all(dim=1).any(dim=0).all()
 
 
 def test_captions_are_dropped_as_often_as_asked_and_never_in_validation():
@@ -101,6 +105,24 @@ def test_cached_captions_are_taken_and_dropped():
     found = model.generator.conditioning(one | encoded, torch.tensor([False, True]))
     assert captions.seen == ["", ""]
     assert torch.equal(found.tokens[0], encoded["tokens"][0]) and torch.equal(found.pooled[1], torch.ones(8))
+
+
+def test_the_caption_mean_adds_its_gradient_in_training_and_nothing_else():
+    torch.manual_seed(0)
+    model, one = flow_model(caption_mean_weight=0.5), batch(range(4))
+    losses = model.loss(one)
+    assert losses.keys() == {"loss", "caption_mean"}
+    assert model.loss(one, torch.rand(4)).keys() == set(model.loss_names)
+    assert model.caption_mean is not None
+    drop = model.uniform(one, "caption_dropout") < 0.1
+    wanted = model.caption_mean.squared_error(model.generator.conditioning(one, drop), model.images(one)).mean()
+    torch.testing.assert_close(losses["caption_mean"], wanted)
+    model.caption_mean = None
+    torch.testing.assert_close(losses["loss"], model.loss(one)["loss"])
+    words = model.generator.get_parameter("conditioner.transformer.tokens.weight")
+    [found], [extra] = (torch.autograd.grad(loss, words) for loss in (losses["loss"], wanted))
+    assert extra.any()
+    torch.testing.assert_close(found, 0.5 * extra)  # of the flow itself, which begins as the identity, there is none
 
 
 def test_it_is_trained_in_the_latents_of_an_autoencoder():

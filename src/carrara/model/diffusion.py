@@ -82,10 +82,7 @@ class DiffusionModel(Model):
         denoising = self.objective.loss(predict, x0, eps, u).mean()
         if self.caption_mean is None or not training:
             return {"loss": denoising}
-        error = self.caption_mean.squared_error(conditioning, x0).mean()
-        # its gradient without its value: the loss means the same with and without it, in training and validation
-        loss = denoising + self.caption_mean_weight * (error - error.detach())
-        return {"loss": loss, "caption_mean": error}
+        return self.caption_mean.beside(denoising, self.caption_mean_weight, conditioning, x0)
 
     def _conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
         """What the network is told; of the empty caption where `drop` (B,) says so."""

@@ -11,6 +11,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.model.base import Model, OptimizerFactory
 from carrara.model.conditioned import Conditioned
+from carrara.network.caption_mean import CaptionMean
 
 LEVEL = 1 / 127.5  # what one of 256 levels takes of [−1, 1]
 
@@ -28,6 +29,7 @@ class FlowModel(Model):
         autoencoder: frozen.
         noise_std: of the Gaussian noise, where x is in [−1, 1] or has standard deviation 1; None: uniform noise.
         caption_dropout: probability of training on the empty caption, for guidance.
+        caption_mean_weight: of the error of `CaptionMean`, as in `carrara.model.diffusion`; 0 builds none.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -41,6 +43,7 @@ class FlowModel(Model):
         autoencoder: Autoencoder,
         noise_std: float | None,
         caption_dropout: float,
+        caption_mean_weight: float,
         optimizer: OptimizerFactory,
         warmup_steps: int,
         cooldown: float,
@@ -57,6 +60,8 @@ class FlowModel(Model):
         self.autoencoder = autoencoder.eval()
         self.noise_std = noise_std
         self.caption_dropout = caption_dropout
+        self.caption_mean_weight = caption_mean_weight
+        self.caption_mean = CaptionMean(autoencoder.latent_channels, conditioner.width) if caption_mean_weight else None
 
     @property
     def hot(self) -> list[nn.Module]:
@@ -68,24 +73,27 @@ class FlowModel(Model):
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         """The loss; `u` has no times to replace, but with it no caption is dropped."""
+        x0 = self.latents(batch, self.autoencoder)
         drop = torch.zeros_like(batch["positions"], dtype=torch.bool)
         if u is None:
             drop = self.uniform(batch, "caption_dropout") < self.caption_dropout
-        x = self.noisy(batch)
-        z, logdet = self.generator.network(x, self.generator.conditioning(batch, drop))
-        nats = (-log_likelihood(z, logdet) / x[0].numel()).mean()
-        if self.noise_std is not None:
-            return {"loss": nats}
-        return {"loss": nats, "bits_per_dim": nats.detach() / math.log(2) - math.log2(LEVEL)}
+        conditioning = self.generator.conditioning(batch, drop)
+        z, logdet = self.generator.network(self.noisy(x0, batch), conditioning)
+        nats = (-log_likelihood(z, logdet) / x0[0].numel()).mean()
+        losses = {"loss": nats}
+        if self.noise_std is None:
+            losses["bits_per_dim"] = nats.detach() / math.log(2) - math.log2(LEVEL)
+        if self.caption_mean is not None and u is None:
+            losses |= self.caption_mean.beside(nats, self.caption_mean_weight, conditioning, x0)
+        return losses
 
-    def noisy(self, batch: dict[str, Any]) -> Tensor:
-        """The batch's latents with their noise, (B, C, h, w)."""
-        x = self.latents(batch, self.autoencoder)
-        shape = tuple(x.shape[1:])
+    def noisy(self, x0: Tensor, batch: dict[str, Any]) -> Tensor:
+        """The batch's latents x0 (B, C, h, w) with their noise."""
+        shape = tuple(x0.shape[1:])
         if self.noise_std is not None:
-            return x + self.noise_std * self.normal(batch, "noise", shape)
+            return x0 + self.noise_std * self.normal(batch, "noise", shape)
         within = keyed_random.uniform(self.seed, batch["positions"], "noise", shape)
-        return x + LEVEL * (within - 0.5)
+        return x0 + LEVEL * (within - 0.5)
 
 
 def log_likelihood(z: Tensor, logdet: Tensor) -> Tensor:
