@@ -48,7 +48,7 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         UserError: it does not fit the latents, or the conditioner's tokens.
     """
-    if "diffusion" not in config:
+    if "diffusion" not in config or "autoencoder" not in modules:
         return
     network, autoencoder, conditioner = (modules[name] for name in ("network", "autoencoder", "conditioner"))
     assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)

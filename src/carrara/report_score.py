@@ -104,6 +104,13 @@ SCORES: dict[str, Score] = {
         few=200,
         warning=_NOISY,
     ),
+    "prior_cosine": Score(
+        "Prior, cosine",
+        "Between the prior's embeddings and the pictures' own; 1 is the same direction.",
+        better="higher",
+    ),
+    "text_cosine": Score("Captions, cosine", "The same of the captions' embeddings: what there is to beat."),
+    "shuffled_cosine": Score("Other captions, cosine", "The same of the prior's embeddings of other captions."),
     "fid_inception": _frechet("FID (Inception)", "Inception features. 0 is equal", few=10_000),
     "fd_evaluator": _frechet("Fréchet distance", "our evaluator's features. Not an FID", few=2_000),
     "fd_cnn": _frechet("Fréchet distance (CNN)", "the features of a classifier trained here. Not an FID", few=2_000),
