@@ -113,6 +113,7 @@ SCORES: dict[str, Score] = {
     "shuffled_cosine": Score("Other captions, cosine", "The same of the prior's embeddings of other captions."),
     "fid_inception": _frechet("FID (Inception)", "Inception features. 0 is equal", few=10_000),
     "fd_evaluator": _frechet("Fréchet distance", "our evaluator's features. Not an FID", few=2_000),
+    "fd_evaluator_bicubic": _frechet("Fréchet distance, bicubic", "the same of bicubic enlargement", few=2_000),
     "fd_cnn": _frechet("Fréchet distance (CNN)", "the features of a classifier trained here. Not an FID", few=2_000),
     "kd_inception": _kernel("Kernel distance (Inception)"),
     "kd_evaluator": _kernel("Kernel distance"),
