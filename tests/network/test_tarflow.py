@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.model.optimizer import parameter_groups
+from carrara.network import tarflow as tarflow_module
 from carrara.network.conditioning import Conditioning
 from carrara.network.tarflow import FlowBlock, TarFlow
 from tests.tiny import awake, tarflow
@@ -135,9 +136,25 @@ def test_the_caption_is_heard_and_its_padding_is_not():
 
 
 def test_patches_know_their_places():
-    z, _ = flow(num_blocks=1)(torch.ones(1, 3, 8, 8), conditioning(1, length=1))
-    patches = z.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(16, -1)
-    assert (torch.cdist(patches, patches) + torch.eye(16)).min() > 1e-3
+    """Without attention, those of a picture of one colour are told apart by their places alone."""
+    z, _ = flow(num_blocks=1, depth=0)(torch.ones(1, 3, 8, 8), conditioning(1, length=1))
+    patches = z.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(16, -1)[1:]  # the first sees nothing
+    assert (torch.cdist(patches, patches) + torch.eye(15)).min() > 1e-3
+
+
+def test_attention_has_rotary_positions(monkeypatch):
+    """Without the added positions and without angles the order of earlier patches is not seen; with angles it is."""
+    monkeypatch.setattr(tarflow_module, "sinusoidal_positions", lambda *_: torch.zeros(()))
+    model, said, x = flow(num_blocks=1), conditioning(1), torch.randn(1, 3, 4, 4)
+    swapped = torch.cat([x[..., :2, :].roll(2, dims=3), x[..., 2:, :]], dim=2)
+
+    def difference() -> float:
+        with torch.no_grad():
+            return float((model(x, said)[0] - model(swapped, said)[0])[..., 2:, 2:].abs().max())
+
+    with_angles = difference()
+    monkeypatch.setattr(tarflow_module, "axial_angles", lambda h, w, features, _: torch.zeros(h * w, features // 2))
+    assert difference() < 1e-6 < 1e-3 < with_angles
 
 
 @torch.no_grad()
