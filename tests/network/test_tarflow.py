@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from carrara.model.optimizer import parameter_groups
 from carrara.network import tarflow as tarflow_module
 from carrara.network.conditioning import Conditioning
-from carrara.network.tarflow import FlowBlock, TarFlow
+from carrara.network.tarflow import CausalBlock, FlowBlock, TarFlow
 from tests.tiny import awake, tarflow
 
 
@@ -114,6 +114,7 @@ def test_sampling_makes_each_patch_once():
         assert isinstance(block, FlowBlock)
         block.project_in.register_forward_hook(lambda _, given, out: patches.append(given[0].shape[1]))
         for layer in block.layers:
+            assert isinstance(layer, CausalBlock)
             layer.cross_attention.key.register_forward_hook(lambda _, given, out: words.append(given[0].shape[1]))
     with torch.no_grad():
         model.inverse(torch.randn(2, 3, 8, 8), said)
