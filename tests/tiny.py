@@ -38,7 +38,7 @@ from carrara.model.flow import FlowModel
 from carrara.model.language_model import LanguageModelModel
 from carrara.model.optimizer import Muon, sgd
 from carrara.network.dit import DiT
-from carrara.network.tarflow import TarFlow
+from carrara.network.tarflow import FlowBlock, TarFlow
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
 from carrara.pipeline.denoising import Sampling
@@ -146,6 +146,15 @@ def tarflow(**changes: Any) -> TarFlow:
         "pooled_width": 8,
     }
     return TarFlow(**settings | changes)
+
+
+def shift_and_scale(network: TarFlow) -> Tensor:
+    """What a flow's only block subtracts from all patches, then the log of what it divides them by: a bias, to fill."""
+    (block,) = network.blocks
+    assert isinstance(block, FlowBlock)
+    bias = block.project_out.bias
+    assert isinstance(bias, Tensor)
+    return bias
 
 
 def text() -> Text:
