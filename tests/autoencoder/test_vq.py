@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from carrara.data import shapes
 from carrara.model.optimizer import Muon
 from tests.tiny import SGD, autoencoder_model, batch, batches, trainer, vq
 
@@ -146,3 +147,27 @@ def test_training_reconstructs_and_uses_the_codes(tmp_path):
     assert len({tuple(row) for row in tokens.tolist()}) == 8
     back = model.autoencoder.decode_tokens(tokens, 8, 8)
     assert F.mse_loss(back, pictures) < 0.2  # 1 without a picture
+
+
+@pytest.mark.slow
+def test_on_shapes_most_codes_are_used():
+    """More than half of them, and few without restarts."""
+    pictures = torch.from_numpy(shapes.examples(0, "train", range(3200), resolution=16).images)
+    fresh = torch.from_numpy(shapes.examples(0, "held_out", range(200), resolution=16).images)
+    use = {}
+    for restart_below in (0.03, 0.0):
+        torch.manual_seed(0)
+        autoencoder = vq(num_codes=128, channels=[32, 64], decay=0.97, restart_below=restart_below)
+        optimizer = partial(Muon, lr=4e-3, momentum=0.95, betas=(0.9, 0.99), weight_decay=0.0)
+        model = autoencoder_model(autoencoder=autoencoder, optimizer=optimizer, max_steps=200, cooldown=0.4)
+        step = model.configure_optimizers()["optimizer"]
+        for start in range(0, len(pictures), 16):
+            step.zero_grad()
+            one = {"images": pictures[start : start + 16], "positions": torch.arange(start, start + 16)}
+            model.loss(one)["loss"].backward()
+            model.on_before_optimizer_step(step)
+            step.step()
+        with torch.no_grad():
+            tokens = model.eval().autoencoder.tokens(fresh.float() / 127.5 - 1)
+        use[restart_below] = len(tokens.unique()) / 128
+    assert use[0.03] > 0.5 > 0.25 > use[0.0]
