@@ -15,6 +15,7 @@ NODE = {
     "channels": [8, 8],
     "num_blocks": 1,
     "patch": 1,
+    "kl_weight": 1e-6,
 }
 
 

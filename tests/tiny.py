@@ -144,6 +144,7 @@ def kl(**changes: Any) -> KL:
         "channels": [8, 16],
         "num_blocks": 1,
         "patch": 2,
+        "kl_weight": 1e-3,
     }
     return KL(**settings | changes)
 
@@ -200,7 +201,6 @@ def diffusion_model(autoencoder: Autoencoder | None = None, **changes: Any) -> D
 def autoencoder_model(**changes: Any) -> AutoencoderModel:
     settings: dict[str, Any] = {
         "autoencoder": kl(),
-        "kl_weight": 1e-3,
         "perceptual": None,
         "perceptual_weight": 0.1,
         "adversarial_weight": 0.0,
