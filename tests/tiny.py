@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from carrara.autoencoder.base import Autoencoder
+from carrara.autoencoder.gumbel import Gumbel
 from carrara.autoencoder.identity import Identity
 from carrara.autoencoder.kl import KL
+from carrara.autoencoder.vq import VQ
 from carrara.callback.score import Setting
 from carrara.classifier.cnn import CNN
 from carrara.conditioner.text import Text
@@ -147,6 +149,36 @@ def kl(**changes: Any) -> KL:
         "kl_weight": 1e-3,
     }
     return KL(**settings | changes)
+
+
+def vq(**changes: Any) -> VQ:
+    settings: dict[str, Any] = {
+        "num_codes": 16,
+        "latent_channels": 4,
+        "downsampling": 4,
+        "channels": [8, 16],
+        "num_blocks": 1,
+        "patch": 2,
+        "commitment_weight": 0.25,
+        "decay": 0.9,
+        "restart_below": 0.05,
+    }
+    return VQ(**settings | changes)
+
+
+def gumbel(**changes: Any) -> Gumbel:
+    settings: dict[str, Any] = {
+        "num_codes": 16,
+        "latent_channels": 4,
+        "downsampling": 4,
+        "channels": [8, 16],
+        "num_blocks": 1,
+        "patch": 2,
+        "kl_weight": 1e-2,
+        "temperature": 0.1,
+        "anneal_steps": 10,
+    }
+    return Gumbel(**settings | changes)
 
 
 def clip(resolution: int = RESOLUTION) -> CLIP:

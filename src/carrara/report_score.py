@@ -79,6 +79,12 @@ SCORES: dict[str, Score] = {
         "Reconstruction accuracy",
         "Share of pictures that show what their caption says after the auto-encoder too, read by a parser.",
     ),
+    "codebook_use": _share("Codebook use", "Share of the codes that occur in the tokens of the pictures."),
+    "codebook_perplexity": Score(
+        "Codebook perplexity",
+        "As many codes, all chosen equally often, would tell as much; at most the number of codes.",
+        better="higher",
+    ),
     "accuracy": _share("Accuracy", "How often the classifier names a picture's label."),
     "perplexity": Score(
         "Perplexity",
