@@ -46,7 +46,7 @@ class AutoregressiveModel(Model):
     ):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         if not isinstance(autoencoder, Discrete):
-            raise ValueError("autoregression is over tokens: take a discrete auto-encoder, autoencoder=vq or gumbel")
+            raise ValueError("the auto-encoder has no tokens: take a discrete one, autoencoder=vq or gumbel")
         if autoencoder.num_codes != network.num_codes:
             raise ValueError(
                 f"network.num_codes={network.num_codes}, but the auto-encoder has {autoencoder.num_codes} codes: "

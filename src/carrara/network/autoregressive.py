@@ -64,6 +64,8 @@ class TextImageTransformer(nn.Module):
         expansion: float,
     ):
         super().__init__()
+        if num_codes < 2:
+            raise ValueError(f"network.num_codes={num_codes}: take a discrete auto-encoder, autoencoder=vq or gumbel")
         if width % heads or width // heads % 4:
             raise ValueError(f"network.width={width} is not {heads} heads of 4, 8, 12 … features")
         self.max_length = max_length
