@@ -1,7 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from carrara.model.optimizer import Muon
 from tests.tiny import SGD, autoencoder_model, batch, batches, trainer, vq
 
 
@@ -27,16 +30,16 @@ def test_the_loss_is_that_of_the_quantised_latents():
 def test_the_gradient_passes_straight_through():
     """The encoder gets the gradient that the decoder has at the code, and none through the choice."""
     autoencoder, pictures = vq(commitment_weight=0.0), images()
-    autoencoder.training_pass(pictures, noise_for(autoencoder, pictures))[0].square().sum().backward()
+    autoencoder.training_pass(pictures, noise_for(autoencoder, pictures))[0].square().mean().backward()
     found = {name: p.grad for name, p in autoencoder.named_parameters() if p.grad is not None}
     autoencoder.zero_grad()
     code = autoencoder.latents_of(autoencoder.tokens(pictures), 2, 2).clone().requires_grad_()
-    autoencoder.decoded(code).square().sum().backward()
+    autoencoder.decoded(code).square().mean().backward()
     assert code.grad is not None and code.grad.any()
     autoencoder.posterior(pictures)[0].backward(code.grad)
     assert found.keys() == {name for name, _ in autoencoder.named_parameters()}
     for name, p in autoencoder.named_parameters():
-        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_commitment_pulls_latents_to_their_codes():
@@ -131,14 +134,15 @@ def test_training_reconstructs_and_uses_the_codes(tmp_path):
     """Of pictures in one of eight colours each colour gets its code."""
     torch.manual_seed(0)
     colours = torch.tensor([[255 * ((k >> c) & 1) for c in range(3)] for k in range(8)], dtype=torch.uint8)
-    stream = batches(60, size=16)
+    stream = batches(120, size=16)
     for one in stream:
         one["images"] = colours[one["positions"] * 7 % 8][:, :, None, None].expand(-1, 3, 8, 8).contiguous()
-    model = autoencoder_model(autoencoder=vq(), max_steps=60, cooldown=0.5)
-    trainer(tmp_path, max_steps=60).fit(model, stream)
+    optimizer = partial(Muon, lr=5e-3, momentum=0.95, betas=(0.9, 0.99), weight_decay=0.0)
+    model = autoencoder_model(autoencoder=vq(), optimizer=optimizer, max_steps=120, cooldown=0.5)
+    trainer(tmp_path, max_steps=120).fit(model, stream)
     model.eval()
     pictures = colours[:, :, None, None].expand(-1, 3, 8, 8).float() / 127.5 - 1
     tokens = model.autoencoder.tokens(pictures)
     assert len({tuple(row) for row in tokens.tolist()}) == 8
     back = model.autoencoder.decode_tokens(tokens, 8, 8)
-    assert F.mse_loss(back, pictures) < 0.2
+    assert F.mse_loss(back, pictures) < 0.2  # 1 without a picture

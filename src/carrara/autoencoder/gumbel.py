@@ -62,14 +62,19 @@ class Gumbel(Discrete):
         return self.last_temperature + (1 - self.last_temperature) * 0.5 * (1 + torch.cos(math.pi * progress))
 
     def assign(self, z: Tensor) -> Tensor:
-        return self.logits(z).argmax(1)
+        return self.log_odds(z).argmax(1)
+
+    def log_odds(self, z: Tensor) -> Tensor:
+        """The codes' logits (B, K, h, w) float32, whatever the autocast: a token must not depend on it."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.logits(z.float())
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
         return self.num_codes, *self.latent_shape(height, width)[1:]
 
     def training_pass(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         z, _ = self.posterior(images)
-        logits = self.logits(z).float()
+        logits = self.log_odds(z)
         kl = kl_to_uniform(logits).mean()
         if self.training:
             weights = ((logits + gumbel(noise)) / self.temperature).softmax(1)
