@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from carrara.callback.token_likelihood import TokenLikelihood
 from carrara.model.autoregressive import AutoregressiveModel
 from carrara.pipeline.autoregressive import AutoregressiveToImage
 from tests.tiny import (
@@ -16,7 +15,6 @@ from tests.tiny import (
     awake,
     batch,
     kl,
-    setting,
     text_image_transformer,
     trainer,
     vq,
@@ -115,22 +113,25 @@ def test_training_beats_counting_and_draws_what_the_caption_says(tmp_path: Path)
     """16 captions with a picture each: who has learned them knows every token."""
     model = autoregressive_model(
         network=text_image_transformer(width=32),
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-2),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
         max_steps=60,
         cooldown=0.3,
     )
+    everything = told(list(range(16)))
+    with torch.no_grad():  # codes among the latents, so that all are used
+        model.autoencoder.codes.copy_(model.autoencoder.posterior(model.images(everything))[0].movedim(1, -1)[:, 1, 2])
     steps = [told(list(range(16 * k, 16 * k + 16))) for k in range(60)]
     trainer(tmp_path, max_steps=60, gradient_clip_val=1.0).fit(model, Stream(steps))
     model.eval()
     with torch.no_grad():
-        losses = model.loss(told(list(range(16))), torch.rand(16))
-        scores = TokenLikelihood(16, 16)(model, setting(32))
-    image, text = (float(losses[f"{name}_nll"]) / math.log(2) for name in ("image", "text"))
-    assert image < 0.25 * scores["val/bits_per_token/image_unigram"] < 4
-    # "a", a size, a colour, a shape, the end: who knows that has log2(2 · 4 · 2) bits for 5 tokens
-    assert text == pytest.approx(4 / 5, rel=0.2)
+        losses = model.loss(everything, torch.rand(16))
+        tokens = model.autoencoder.tokens(model.images(everything))
+    shares = tokens.flatten().bincount(minlength=16) / tokens.numel()
+    unigram = float(torch.special.entr(shares).sum())
+    assert losses["image_nll"] < 0.25 * unigram < 0.25 * math.log(16)
+    # "a", a size, a colour, a shape, the end: who knows that has log(2 · 4 · 2) nats for 5 tokens
+    assert losses["text_nll"].item() == pytest.approx(math.log(16) / 5, rel=0.1)
     pipeline = AutoregressiveToImage(model, 8, None, 1.0, 1, None, 1.0, 1)
-    drawn = model.autoencoder.tokens(model.images(told(list(range(16)))))
+    wanted = model.autoencoder.decode_tokens(tokens, 8, 8).clamp(-1, 1)
     made = pipeline(CAPTIONS, range(16), 0)
-    wanted = model.autoencoder.decode_tokens(drawn, 8, 8).clamp(-1, 1)
     assert ((made - wanted).abs().flatten(1).amax(1) < 1e-5).float().mean() > 0.8
