@@ -215,6 +215,23 @@ def test_two_ranks_make_one_run_and_agree(workplace: tuple[Path, Path]) -> None:
     assert moved > 0
 
 
+@pytest.mark.slow
+def test_two_ranks_learn_the_codebook_of_one(tmp_path: Path) -> None:
+    weights = []
+    for devices in (1, 2):
+        done = run(
+            "train.py", *TINY, "model=autoencoder", "autoencoder=vq", "model/optimizer=sgd", "trainer.max_steps=6",
+            "trainer.learning_rate=0.01", f"trainer.devices={devices}", f"runs_dir=runs{devices}", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / f"runs{devices}" / "autoencoder-shapes").iterdir()
+        assert 0 < last(folder, "val/codebook_use") <= 1 < last(folder, "val/codebook_perplexity")
+        weights.append(load_file(folder / "component" / "weights.safetensors"))
+    assert weights[0]["codebook.counts"].sum() > 0
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-4)
+
+
 def test_ranks_hold_the_same_weights_with_the_shipped_optimizer(
     workplace: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

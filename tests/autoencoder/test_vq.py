@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from carrara.data import shapes
 from carrara.model.optimizer import Muon
 from tests.tiny import SGD, autoencoder_model, batch, batches, trainer, vq
 
@@ -45,7 +46,7 @@ def test_the_gradient_passes_straight_through():
 def test_the_commitment_pulls_latents_to_their_codes():
     autoencoder, pictures = vq(), images()
     z = autoencoder.posterior(pictures)[0].detach().requires_grad_()
-    autoencoder.posterior = lambda _: (z, None)  # type: ignore[method-assign]
+    autoencoder.posterior = lambda _: (z, z)  # type: ignore[method-assign]
     autoencoder.training_pass(pictures, noise_for(autoencoder, pictures))[2]["commitment"].backward()
     code = autoencoder.quantised(autoencoder.assign(z))
     torch.testing.assert_close(z.grad, 2 * (z.detach() - code) / z.numel())
@@ -78,29 +79,31 @@ def test_micro_batches_move_it_once_a_step(tmp_path):
 
 
 def test_a_batch_that_is_not_finite_leaves_the_codebook():
-    model = autoencoder_model(autoencoder=vq(), optimizer=SGD)
+    autoencoder = vq()
+    model = autoencoder_model(autoencoder=autoencoder, optimizer=SGD)
     model.loss(batch(range(4)))
-    model.autoencoder.after_step()
-    before = model.autoencoder.codes.clone()
+    autoencoder.after_step()
+    before = autoencoder.codes.clone()
     bad = batch(range(4, 8))
     bad["images"] = bad["images"].float()
     bad["images"][2] = torch.nan
     assert model.loss(bad)["loss"].isnan()
-    model.autoencoder.after_step()
-    assert torch.equal(model.autoencoder.codes, before)
+    autoencoder.after_step()
+    assert torch.equal(autoencoder.codes, before)
 
 
 def test_restarts_are_keyed():
     """The same stream gives the same codebook whatever else was drawn."""
-    books = []
+    books: list[torch.Tensor] = []
     for seed in (0, 0, 1):
         torch.manual_seed(0)
-        model = autoencoder_model(autoencoder=vq(restart_below=0.5), seed=seed)
+        autoencoder = vq(restart_below=0.5)
+        model = autoencoder_model(autoencoder=autoencoder, seed=seed)
         torch.manual_seed(len(books))
         for start in (0, 4):
             model.loss(batch(range(start, start + 4)))
             model.autoencoder.after_step()
-        books.append(model.autoencoder.codes)
+        books.append(autoencoder.codes)
     assert torch.equal(books[0], books[1]) and not torch.equal(books[0], books[2])
 
 
@@ -138,11 +141,36 @@ def test_training_reconstructs_and_uses_the_codes(tmp_path):
     for one in stream:
         one["images"] = colours[one["positions"] * 7 % 8][:, :, None, None].expand(-1, 3, 8, 8).contiguous()
     optimizer = partial(Muon, lr=5e-3, momentum=0.95, betas=(0.9, 0.99), weight_decay=0.0)
-    model = autoencoder_model(autoencoder=vq(), optimizer=optimizer, max_steps=120, cooldown=0.5)
+    autoencoder = vq()
+    model = autoencoder_model(autoencoder=autoencoder, optimizer=optimizer, max_steps=120, cooldown=0.5)
     trainer(tmp_path, max_steps=120).fit(model, stream)
     model.eval()
     pictures = colours[:, :, None, None].expand(-1, 3, 8, 8).float() / 127.5 - 1
-    tokens = model.autoencoder.tokens(pictures)
+    tokens = autoencoder.tokens(pictures)
     assert len({tuple(row) for row in tokens.tolist()}) == 8
-    back = model.autoencoder.decode_tokens(tokens, 8, 8)
+    back = autoencoder.decode_tokens(tokens, 8, 8)
     assert F.mse_loss(back, pictures) < 0.2  # 1 without a picture
+
+
+@pytest.mark.slow
+def test_on_shapes_most_codes_are_used():
+    """More than half of them, and few without restarts."""
+    pictures = torch.from_numpy(shapes.examples(0, "train", range(3200), resolution=16).images)
+    fresh = torch.from_numpy(shapes.examples(0, "held_out", range(200), resolution=16).images)
+    use = {}
+    for restart_below in (0.03, 0.0):
+        torch.manual_seed(0)
+        autoencoder = vq(num_codes=128, channels=[32, 64], decay=0.97, restart_below=restart_below)
+        optimizer = partial(Muon, lr=4e-3, momentum=0.95, betas=(0.9, 0.99), weight_decay=0.0)
+        model = autoencoder_model(autoencoder=autoencoder, optimizer=optimizer, max_steps=200, cooldown=0.4)
+        step = model.configure_optimizers()["optimizer"]
+        for start in range(0, len(pictures), 16):
+            step.zero_grad()
+            one = {"images": pictures[start : start + 16], "positions": torch.arange(start, start + 16)}
+            model.loss(one)["loss"].backward()
+            model.on_before_optimizer_step(step)
+            step.step()
+        with torch.no_grad():
+            tokens = autoencoder.eval().tokens(fresh.float() / 127.5 - 1)
+        use[restart_below] = len(tokens.unique()) / 128
+    assert use[0.03] > 0.5 > 0.25 > use[0.0]

@@ -57,14 +57,15 @@ def test_pairs_to_look_at(tmp_path):
 @torch.no_grad()
 def test_the_use_of_a_codebook_is_counted_over_all_pictures(kind):
     torch.manual_seed(0)
-    model = autoencoder_model(autoencoder=kind()).eval()
-    torch.nn.init.normal_(model.autoencoder.get_parameter("quant_conv.weight"), std=5.0)
+    autoencoder = kind()
+    model = autoencoder_model(autoencoder=autoencoder).eval()
+    torch.nn.init.normal_(autoencoder.get_parameter("quant_conv.weight"), std=5.0)
     scores = Reconstruction(num_images=5, batch_size=2, num_previews=2, check=None)(model, setting(20))
     images = batch(range(0, 10, 2))["images"].float() / 127.5 - 1
-    tokens = model.autoencoder.tokens(images)
+    tokens = autoencoder.tokens(images)
     counts = Counter(tokens.flatten().tolist())
     entropy = -sum(n / tokens.numel() * math.log(n / tokens.numel()) for n in counts.values())
     assert scores["val/codebook_use"] == len(counts) / 16
     assert scores["val/codebook_perplexity"] == pytest.approx(math.exp(entropy), rel=1e-9)
-    back = to_uint8(model.autoencoder.decode(model.autoencoder.encode(images)))
+    back = to_uint8(autoencoder.decode(autoencoder.encode(images)))
     assert scores["val/psnr"] == pytest.approx(psnr(back, batch(range(0, 10, 2))["images"]).mean().item(), rel=1e-4)

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from carrara.autoencoder.discrete import Discrete, gumbel
+from carrara.divergence import kl_to_uniform
 
 
 class Gumbel(Discrete):
     """A categorical distribution over the codes at each place, with the uniform one as its prior.
+
+    Unlike the paper's its logits are a linear map of few latent channels, in which a diffusion model can work, too.
 
     In training the decoder sees the codes' average under weights softmax((logits + Gumbel noise) / temperature), at a
     low temperature close to a sample (Jang et al. 2017, eq. 2); otherwise the likeliest code.
@@ -75,7 +78,7 @@ class Gumbel(Discrete):
     def training_pass(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         z, _ = self.posterior(images)
         logits = self.log_odds(z)
-        kl = kl_to_uniform(logits).mean()
+        kl = kl_to_uniform(logits, dim=1).mean()
         if self.training:
             weights = ((logits + gumbel(noise)) / self.temperature).softmax(1)
             code = torch.einsum("bkhw,kc->bchw", weights, self.codes)
@@ -85,9 +88,3 @@ class Gumbel(Discrete):
 
     def after_step(self) -> None:
         self.step += 1
-
-
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL(softmax(logits) ‖ uniform) = log K − entropy in nats; (B, K, h, w) -> (B, h, w)."""
-    log_q = logits.log_softmax(1)
-    return (log_q.exp() * log_q).sum(1) + math.log(logits.shape[1])
