@@ -46,6 +46,7 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
         "pixel_unet",
         "pixel_dit",
         "dalle",
+        "pixel_flow",
         "autoencoder",
         "evaluator",
         "classifier",

@@ -64,6 +64,9 @@ SCORES: dict[str, Score] = {
         few=64,
         warning=_NOISY,
     ),
+    "psnr_bicubic": Score(
+        "PSNR, bicubic", "How close bicubic enlargement of the shrunken picture comes.", better="higher", unit="dB"
+    ),
     "denoised_psnr": Score(
         "PSNR, denoised",
         "How close the estimate of a noisy picture comes to the one without noise; read that of the noisy beside it.",
@@ -107,6 +110,13 @@ SCORES: dict[str, Score] = {
         few=200,
         warning=_NOISY,
     ),
+    "prior_cosine": Score(
+        "Prior, cosine",
+        "Between the prior's embeddings and the pictures' own; 1 is the same direction.",
+        better="higher",
+    ),
+    "text_cosine": Score("Captions, cosine", "The same of the captions' embeddings: what there is to beat."),
+    "shuffled_cosine": Score("Other captions, cosine", "The same of the prior's embeddings of other captions."),
     "fid_inception": _frechet("FID (Inception)", "Inception features. 0 is equal", few=10_000),
     "fd_evaluator": _frechet("Fréchet distance", "our evaluator's features. Not an FID", few=2_000),
     "fd_cnn": _frechet("Fréchet distance (CNN)", "the features of a classifier trained here. Not an FID", few=2_000),

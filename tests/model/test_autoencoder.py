@@ -36,7 +36,7 @@ def test_the_penalty_is_the_auto_encoders_own(kind, name):
 
 
 def test_pixels_are_not_trained():
-    with pytest.raises(ValueError, match="autoencoder=identity has nothing to train"):
+    with pytest.raises(ValueError, match="autoencoder: Identity has nothing to train"):
         autoencoder_model(autoencoder=Identity())
 
 

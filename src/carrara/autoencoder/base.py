@@ -14,11 +14,13 @@ class Autoencoder(nn.Module):
     Attributes:
         latent_channels: channels of z.
         downsampling: how many pixels a latent spans in height and width.
-        is_identity: whether the latents are the pixels themselves, in [−1, 1].
+        is_identity: whether the latents are the pixels themselves.
+        is_bounded: whether the latents lie in [−1, 1], as pixels do.
         logged: the names of the values that `training_pass` gives to be logged.
     """
 
     is_identity = False
+    is_bounded = False
     logged: ClassVar[tuple[str, ...]] = ()
 
     latent_mean: Tensor

@@ -43,8 +43,8 @@ class AutoencoderModel(Model):
         max_steps: int,
         seed: int,
     ):
-        if autoencoder.is_identity:
-            raise ValueError("autoencoder=identity has nothing to train: take autoencoder=kl")
+        if not any(p.requires_grad for p in autoencoder.parameters()):
+            raise ValueError(f"autoencoder: {type(autoencoder).__name__} has nothing to train; take autoencoder=kl")
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.autoencoder = autoencoder
         self.perceptual = None if perceptual is None else Perceptual(perceptual).requires_grad_(False)
