@@ -20,18 +20,19 @@ def pipeline(autoencoder: Discrete | None = None, **changes: Any) -> Autoregress
     torch.manual_seed(0)
     model = autoregressive_model(autoencoder=autoencoder or vq(downsampling=2, patch=1)).eval()
     awake(model.network)
-    torch.nn.init.normal_(model.network.image_out.weight, std=0.5)  # some tokens are likelier than others
+    for parameter in model.network.image_out.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # some tokens are likelier than others
     return AutoregressiveToImage(model, 8, **SETTINGS | changes)
 
 
-def tokens(made: AutoregressiveToImage, captions: list[str], indices: list[int], seed: int = 0) -> Tensor:
+def sampled(made: AutoregressiveToImage, captions: list[str], indices: list[int], seed: int = 0) -> Tensor:
     """What it samples, (B, 16)."""
     found: list[Tensor] = []
     original = made.model.autoencoder.latents_of
 
-    def watched(of: Tensor, h: int, w: int) -> Tensor:
-        found.append(of)
-        return original(of, h, w)
+    def watched(tokens: Tensor, h: int, w: int) -> Tensor:
+        found.append(tokens)
+        return original(tokens, h, w)
 
     made.model.autoencoder.latents_of = watched  # type: ignore[method-assign]
     try:
@@ -46,7 +47,7 @@ def test_pictures_are_those_of_the_tokens():
         made = pipeline(autoencoder)
         pictures = made(CAPTIONS[:3], [0, 1, 2], 0)
         assert pictures.shape == (3, 3, 8, 8) and pictures.abs().max() <= 1 and not pictures.requires_grad
-        of = tokens(made, CAPTIONS[:3], [0, 1, 2])
+        of = sampled(made, CAPTIONS[:3], [0, 1, 2])
         assert len(of.unique()) > 4
         torch.testing.assert_close(pictures, autoencoder.decode_tokens(of, 8, 8).clamp(-1, 1))
 
@@ -54,26 +55,26 @@ def test_pictures_are_those_of_the_tokens():
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_picture_is_the_same_in_any_batch(scale):
     made = pipeline(guidance_scale=scale)
-    whole = tokens(made, CAPTIONS[:6], [3, 4, 5, 6, 7, 8])
+    whole = sampled(made, CAPTIONS[:6], [3, 4, 5, 6, 7, 8])
     for k in range(6):
-        assert torch.equal(tokens(made, [CAPTIONS[k]], [3 + k])[0], whole[k])
-    assert torch.equal(tokens(made, CAPTIONS[2:4], [5, 6]), whole[2:4])
+        assert torch.equal(sampled(made, [CAPTIONS[k]], [3 + k])[0], whole[k])
+    assert torch.equal(sampled(made, CAPTIONS[2:4], [5, 6]), whole[2:4])
 
 
 def test_pictures_of_other_seeds_and_numbers_are_others():
     made = pipeline()
-    of = tokens(made, ["a"] * 4, [0, 1, 2, 3])
-    other = tokens(made, ["a"] * 4, [0, 1, 2, 3], seed=1)
+    of = sampled(made, ["a"] * 4, [0, 1, 2, 3])
+    other = sampled(made, ["a"] * 4, [0, 1, 2, 3], seed=1)
     assert len({tuple(row.tolist()) for row in (*of, *other)}) == 8
-    assert torch.equal(tokens(made, ["a"], [2])[0], of[2])
+    assert torch.equal(sampled(made, ["a"], [2])[0], of[2])
 
 
 def test_the_likeliest_token_is_taken_with_top_k_1_and_in_the_limit_of_the_cold():
-    greedy = tokens(pipeline(top_k=1), CAPTIONS[:4], [0, 1, 2, 3])
-    assert torch.equal(tokens(pipeline(top_k=1), CAPTIONS[:4], [4, 5, 6, 7], seed=3), greedy)
-    assert torch.equal(tokens(pipeline(temperature=1e-4), CAPTIONS[:4], [4, 5, 6, 7]), greedy)
-    assert torch.equal(tokens(pipeline(top_p=1e-9), CAPTIONS[:4], [0, 1, 2, 3]), greedy)
-    assert not torch.equal(tokens(pipeline(), CAPTIONS[:4], [0, 1, 2, 3]), greedy)
+    greedy = sampled(pipeline(top_k=1), CAPTIONS[:4], [0, 1, 2, 3])
+    assert torch.equal(sampled(pipeline(top_k=1), CAPTIONS[:4], [4, 5, 6, 7], seed=3), greedy)
+    assert torch.equal(sampled(pipeline(temperature=1e-4), CAPTIONS[:4], [4, 5, 6, 7]), greedy)
+    assert torch.equal(sampled(pipeline(top_p=1e-9), CAPTIONS[:4], [0, 1, 2, 3]), greedy)
+    assert not torch.equal(sampled(pipeline(), CAPTIONS[:4], [0, 1, 2, 3]), greedy)
 
 
 def test_the_temperature_is_that_of_the_distribution():
@@ -93,15 +94,15 @@ def counted(made: AutoregressiveToImage) -> list[int]:
 def test_guidance_of_one_is_off_and_of_zero_the_empty_caption():
     made = pipeline()
     sizes = counted(made)
-    plain = tokens(made, CAPTIONS[:2], [0, 1])
+    plain = sampled(made, CAPTIONS[:2], [0, 1])
     assert set(sizes) == {2}
-    empty = tokens(made, ["", ""], [0, 1])
+    empty = sampled(made, ["", ""], [0, 1])
     made.guidance_scale = 0.0
     sizes.clear()
-    assert torch.equal(tokens(made, CAPTIONS[:2], [0, 1]), empty)
+    assert torch.equal(sampled(made, CAPTIONS[:2], [0, 1]), empty)
     assert set(sizes) == {4}
     made.guidance_scale = 1.0 + 1e-7
-    assert torch.equal(tokens(made, CAPTIONS[:2], [0, 1]), plain)
+    assert torch.equal(sampled(made, CAPTIONS[:2], [0, 1]), plain)
 
 
 def test_guidance_extrapolates_logits():
