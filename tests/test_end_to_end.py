@@ -354,6 +354,29 @@ def test_a_classifier_is_trained_on_labels_and_judges(workplace: tuple[Path, Pat
     assert done.returncode == 2 and "samples nothing" in done.stderr
 
 
+def test_dalle_learns_tokens_and_is_sampled_in_its_own_way(workplace: tuple[Path, Path]) -> None:
+    """A discrete auto-encoder is trained first; the evaluator is there, and ranks the pictures."""
+    cwd, _ = workplace
+    tiny = ["size.dalle.width=16", "size.dalle.depth=1", "size.dalle.batch_size=8", "size.dalle.max_steps=2"]
+    done = run("train.py", "model=dalle", *TINY, *tiny, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training the") == 1 and "training the autoencoder first" in done.stderr
+    (folder,) = (cwd / "runs" / "dalle-shapes").iterdir()
+    for name in ("image_nll", "text_nll", "bits_per_token/image", "bits_per_token/text_unigram", "clip_score"):
+        assert last(folder, f"val/{name}") == last(folder, f"val/{name}")  # there, and not NaN
+    assert json.loads((folder / "component" / "card.json").read_text())["kind"] == "network"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["fingerprint"]["sampling"]["pipeline"]["candidates"] == 1
+    out = cwd / "tokens"
+    done = run(
+        "generate.py", f"run={folder}", "prompt=a red circle", "count=2", "candidates=2", "top_k=9", "top_p=0.9",
+        "temperature=0.7", "guidance_scale=3", f"out={out}", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out / "grid.png").size == (64, 32)
+    assert len(json.loads((out / "strip.json").read_text())["t"]) == 8  # a row of tokens each
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["masked", "causal"])
 def test_a_language_model_is_trained_first_and_reads_the_captions(workplace: tuple[Path, Path], objective: str) -> None:

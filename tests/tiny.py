@@ -33,12 +33,14 @@ from carrara.diffusion.weighting import Unweighted
 from carrara.evaluator.clip import CLIP
 from carrara.language_model.transformer import LanguageModel
 from carrara.model.autoencoder import AutoencoderModel
+from carrara.model.autoregressive import AutoregressiveModel
 from carrara.model.classifier import ClassifierModel
 from carrara.model.diffusion import DiffusionModel
 from carrara.model.evaluator import EvaluatorModel
 from carrara.model.flow import FlowModel
 from carrara.model.language_model import LanguageModelModel
 from carrara.model.optimizer import Muon, sgd
+from carrara.network.autoregressive import TextImageTransformer
 from carrara.network.dit import DiT
 from carrara.network.tarflow import FlowBlock, TarFlow
 from carrara.network.tokenizer import Tokenizer
@@ -254,6 +256,37 @@ def diffusion_model(autoencoder: Autoencoder | None = None, **changes: Any) -> D
         "seed": 0,
     }
     return DiffusionModel(**settings | changes)
+
+
+def text_image_transformer(**changes: Any) -> TextImageTransformer:
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "max_length": 8,
+        "num_codes": 16,
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "expansion": 2.667,
+    }
+    network = TextImageTransformer(**settings | changes)
+    train_tokenizers(network)
+    return network
+
+
+def autoregressive_model(**changes: Any) -> AutoregressiveModel:
+    settings: dict[str, Any] = {
+        "network": text_image_transformer(),
+        "autoencoder": vq(downsampling=2, patch=1),
+        "image_weight": 0.875,
+        "text_weight": 0.125,
+        "caption_dropout": 0.1,
+        "optimizer": MUON,
+        "warmup_steps": 0,
+        "cooldown": 0.0,
+        "max_steps": 100,
+        "seed": 0,
+    }
+    return AutoregressiveModel(**settings | changes)
 
 
 def flow_model(**changes: Any) -> FlowModel:

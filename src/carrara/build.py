@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,12 @@ def _stage(component: Path) -> tuple[Callable[[Model], Pipeline], Model]:
 def build_scores(
     config: Config, data: ShardData, modules: Mapping[str, nn.Module], weak: DenoisingModel | None = None
 ) -> list[Score]:
-    """The scores of every epoch; each takes what it asks for of what there is."""
+    """The scores of every epoch, as many as `callback` has nodes; each takes what it asks for of what there is."""
     available: dict[str, Any] = {**_judges(config, modules), "check": data.prompt_check}
     if "pipeline" in config:
         available["pipeline"] = build_pipeline(config, modules, weak)
-    score = build(config["callback"]["score"])
-    return [build(config["callback"]["validation_loss"]), score(**_wanted(score, available))]
+    built = [build(node) for node in config["callback"].values() if isinstance(node, Mapping)]
+    return [score(**_wanted(score, available)) if isinstance(score, partial) else score for score in built]
 
 
 def _judges(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module | None]:

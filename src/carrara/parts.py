@@ -22,7 +22,7 @@ _NOT_THE_PART = (
     "runs_dir", "resume", "dry_run", "sweep", "logger", "callback", "size", "part", "data"
 )  # fmt: skip
 _INTERFACE = {  # what the network is built to fit
-    "autoencoder": ("latent_channels", "downsampling"),
+    "autoencoder": ("latent_channels", "downsampling", "num_codes"),
     "language_model": ("width", "max_length"),
 }
 
