@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "carrara"
 FOUNDATION = {"divergence", "errors", "keyed_random", "signals"}
 PARTS = {"autoencoder", "classifier", "conditioner", "evaluator", "language_model"}  # siblings: none imports another
 BELOW_PIPELINE = FOUNDATION | {"diffusion", "network", "data", "metric", "model"} | PARTS
-BELOW_COMMANDS = {"component", "config", "pipeline", "callback", "search"}
+BELOW_COMMANDS = {"component", "config", "published", "pipeline", "callback", "search"}
 COMMANDS = {
     "architecture", "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report",
     "run_folder", "sampling", "score_card", "scoring", "worker", "world",
@@ -36,11 +36,12 @@ ALLOWED: dict[str, set[str]] = {
     "model": FOUNDATION | PARTS | {"network", "diffusion"},
     "config": FOUNDATION,
     "component": FOUNDATION | {"config"},  # a part on disk holds a config and is built from it
+    "published": FOUNDATION | {"autoencoder", "conditioner", "network", "config", "component"},
     "search": FOUNDATION | {"data", "evaluator"},
     "pipeline": FOUNDATION | PARTS | {"network", "diffusion", "model", "component"},
     "callback": BELOW_PIPELINE | {"component", "pipeline"},
     **{
-        command: BELOW_PIPELINE | COMMANDS | {"component", "config", "pipeline", "callback", "search"}
+        command: BELOW_PIPELINE | COMMANDS | BELOW_COMMANDS
         for command in COMMANDS
     },
 }
