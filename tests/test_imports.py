@@ -20,7 +20,7 @@ BELOW_PIPELINE = FOUNDATION | {"diffusion", "network", "data", "metric", "model"
 BELOW_COMMANDS = {"component", "config", "published", "pipeline", "callback", "search"}
 COMMANDS = {
     "architecture", "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report",
-    "run_folder", "sampling", "score_card", "scoring", "worker", "world",
+    "run_folder", "sampling", "score_card", "scoring", "start", "worker", "world",
 }  # fmt: skip
 
 ALLOWED: dict[str, set[str]] = {

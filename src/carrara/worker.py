@@ -36,6 +36,7 @@ from carrara.rank import rank_main
 from carrara.report import write_report
 from carrara.run_folder import load_config
 from carrara.score_card import score_card
+from carrara.start import begin
 
 _log = logging.getLogger("carrara.worker")  # by name: this module runs as __main__
 
@@ -57,6 +58,8 @@ def run(folder: Path) -> None:
         for module in model.hot:
             module.compile()  # in place: no prefix in the state dict
     checkpoint = newest_valid(folder / "checkpoints")
+    if checkpoint is None:  # else its weights win
+        begin(config, model)
     position = 0 if checkpoint is None else checkpoint_step(checkpoint) * settings["batch_size"]
     epoch_steps = max(1, (settings["epoch_samples"] or data.num_train) // settings["batch_size"])
     log = JsonLines(folder / "metrics.jsonl", settings["batch_size"], epoch_steps)
@@ -131,6 +134,8 @@ def _callbacks(
         folder / "checkpoints", settings["checkpoint_minutes"], epoch_steps, keep, batch_size, ema
     )
     card = {"fingerprint": fingerprint(config), "data": {"name": data.name, "fingerprint": data.fingerprint}}
+    if "diffusion" in config:
+        card["diffusion"] = {key: config["diffusion"][key] for key in ("schedule", "parameterization")}
 
     def images() -> Iterator[Tensor]:
         batches = data.train_loader(batch_size)

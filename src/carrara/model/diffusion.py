@@ -67,6 +67,16 @@ class DiffusionModel(Model):
     def hot(self) -> list[nn.Module]:
         return [self.predictor.network]
 
+    def begin_with(self, network: dict[str, Tensor], conditioner: dict[str, Tensor] | None, sha256: str) -> None:
+        """Takes trained weights to begin with, of the network and perhaps of the conditioner.
+
+        Args:
+            sha256: of the file they come from.
+        """
+        self.predictor.network.load_state_dict(network)
+        if conditioner is not None:
+            self.predictor.conditioner.load_state_dict(conditioner)
+
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         x0 = self._clean_latents(batch)
         training = u is None
