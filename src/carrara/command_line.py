@@ -30,6 +30,7 @@ FREE_TEXT = frozenset(
         "weak",
         "runs_dir",
         "out",
+        "export",
         "start.network",
     }
 )  # and every key below `part.`

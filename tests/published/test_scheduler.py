@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 
 from carrara.config import build
 from carrara.errors import UserError
-from carrara.published.scheduler import config_of, nodes_of
+from carrara.published.scheduler import config_of, nodes_of, problems_of
 from tests.published.pipelines import scheduler
 
 FILE = Path("scheduler/scheduler_config.json")
@@ -54,18 +54,21 @@ def test_a_field_that_ours_cannot_be_is_named_with_its_file(field, value):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "target", "message"),
+    ("schedule", "target", "problems"),
     [
-        ({"_target_": "carrara.diffusion.schedule.Flow", "shift": 1.0}, "Flow", "diffusion/schedule: .*; diffusion/para"),
         (
-            {"_target_": "x.schedule_table.Linear", "beta_start": 1e-4, "beta_end": 0.02, "num_steps": 100},
-            "V",
-            r"diffusion\.schedule\.num_steps: only 1000",
+            {"_target_": "carrara.diffusion.schedule.Flow", "shift": 1.0},
+            "Flow",
+            [
+                "diffusion/schedule=linear, scaled_linear, cosine_table or zero_terminal_snr of one of them",
+                "diffusion/parameterization=epsilon, v or x0",
+            ],
         ),
-        ({"_target_": "x.CosineTable", "max_beta": 0.5, "s": 0.008, "num_steps": 1000}, "V", "cosine_table only with"),
-        ({"_target_": "x.ZeroTerminalSNR", "table": {"_target_": "x.Discrete"}}, "V", "diffusion/schedule: only"),
+        ({"_target_": "x.Linear", "beta_start": 1e-4, "beta_end": 0.02, "num_steps": 100}, "V", ["diffusion.schedule.num_steps=1000"]),
+        ({"_target_": "x.CosineTable", "max_beta": 0.5, "s": 0.008, "num_steps": 1000}, "V", ["diffusion.schedule.max_beta=0.999"]),
+        ({"_target_": "x.CosineTable", "max_beta": 0.999, "s": 0.008, "num_steps": 1000}, "X0", []),
     ],
 )
-def test_what_has_no_place_in_theirs_is_named(schedule, target, message):
-    with pytest.raises(UserError, match=message):
-        config_of({"schedule": schedule, "parameterization": {"_target_": f"carrara.diffusion.parameterization.{target}"}})
+def test_what_has_no_place_in_theirs_is_named_with_its_key(schedule, target, problems):
+    parameterization = {"_target_": f"carrara.diffusion.parameterization.{target}"}
+    assert problems_of({"schedule": schedule, "parameterization": parameterization}) == problems

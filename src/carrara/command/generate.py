@@ -17,6 +17,7 @@ from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
 from carrara.pipeline.source import Source
 from carrara.pipeline.text_to_image import TextToImage, Watch
 from carrara.precision import default_device
+from carrara.published.export import export_pipeline
 from carrara.run_folder import find_run
 from carrara.sampling import load_weak, set_sampling
 
@@ -39,15 +40,23 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         return
     order = compose(conf_dir, NAME, overrides).config
     folder = find_run(str(order["run"]), Path(order["runs_dir"]))
-    prompts = [order["prompt"]] if isinstance(order["prompt"], str) else [str(p) for p in order["prompt"]]
+    if order["prompt"] is None and order["export"] is None:
+        raise UserError("prompt is missing: prompt='…' is what the pictures show, or export=FOLDER")
+    prompts = [order["prompt"]] if isinstance(order["prompt"], str) else [str(p) for p in order["prompt"] or []]
     for key in ("count", "num_frames", "batch_size"):
         if not isinstance(order[key], int) or order[key] < 1:
             raise UserError(f"{key} must be a whole number from 1 on, not {order[key]!r}")
-    if not prompts:
+    if not prompts and order["prompt"] is not None:
         raise UserError("prompt is an empty list: give at least one caption")
     config, model, _ = load_trained(folder)
     if not isinstance(model, DiffusionModel):
         raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a diffusion run")
+    if order["export"] is not None:
+        predictor = model.predictor
+        export_pipeline(Path(order["export"]), config, predictor.network, predictor.conditioner, model.autoencoder)
+        _log.info("%s opens with diffusers.StableDiffusionPipeline.from_pretrained", order["export"])
+        if order["prompt"] is None:
+            return
     set_sampling(config, conf_dir, order)
     device = default_device()
     weak = None if order["weak"] is None else load_weak(str(order["weak"]), config, Path(order["runs_dir"]), device)[0]

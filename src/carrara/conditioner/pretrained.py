@@ -97,6 +97,17 @@ class Pretrained(Conditioner):
         facts = {"encoder": self.encoder.sha256, "max_length": self.max_length, "tokenizer": tokenizer}
         return facts | {"padding": self.padding}
 
+    @property
+    def is_clip(self) -> bool:
+        return self._family is _CLIP
+
+    def save(self, text_encoder: Path, tokenizer: Path) -> str:
+        """Writes both into folders as `transformers` does; the name of the tokenizer's class."""
+        self.encoder.module.save_pretrained(text_encoder)
+        self._tokenizer.model_max_length = self.max_length
+        self._tokenizer.save_pretrained(tokenizer)
+        return type(self._tokenizer).__name__
+
     def forward(self, captions: list[str]) -> Conditioning:
         """B captions -> tokens (B, L, D) float32, their mask, and pooled vectors (B, D)."""
         ids, real = self.tokenize(captions)

@@ -19,7 +19,7 @@ from carrara.network.hugging_face import NotFetched, fetch
 INDEX = "model_index.json"
 CONFIG = "config.json"
 _STEM = "diffusion_pytorch_model"
-_WHOLE, _SHARDED, _HALF = f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json", f"{_STEM}.fp16.safetensors"
+WEIGHTS, _SHARDED, _HALF = f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json", f"{_STEM}.fp16.safetensors"
 _SHARDS = f"{_STEM}-*-of-*.safetensors"
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)")  # owner/name, and a folder in it
 
@@ -54,13 +54,13 @@ class Published:
         """
         if self.hub is not None:  # one precision, and not its weights before averaging, as well
             model, inner = self.hub
-            for names in ((_WHOLE, _SHARDED, _SHARDS), (_HALF,)):
+            for names in ((WEIGHTS, _SHARDED, _SHARDS), (_HALF,)):
                 if not self._found():
                     _fetch(self.reference, model, [f"{inner}{name}" for name in names])
         found = self._found()
         if not found:
             raise UserError(
-                f"{self.reference}: {self.folder} has no {_WHOLE}; pickled weights (.bin) are not read, since they can "
+                f"{self.reference}: {self.folder} has no {WEIGHTS}; pickled weights (.bin) are not read, since they can "
                 "run code: take a model with safetensors, or convert it with save_pretrained"
             )
         missing = [path for path in found if not path.is_file()]
@@ -69,7 +69,7 @@ class Published:
         return found
 
     def _found(self) -> list[Path]:
-        for name in (_WHOLE, _HALF):
+        for name in (WEIGHTS, _HALF):
             if (self.folder / name).is_file():
                 return [self.folder / name]
         index = self.folder / _SHARDED

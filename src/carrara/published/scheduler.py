@@ -19,6 +19,8 @@ _TABLES = {  # beta_schedule -> our class and its settings by their fields; the 
 }
 _COSINE = {"max_beta": 0.999, "s": 0.008}
 _TARGETS = {"epsilon": "Epsilon", "v_prediction": "V", "sample": "X0"}
+_KINDS = {name: (kind, keys) for kind, (name, keys) in _TABLES.items()}
+_PREDICTION_TYPES = {name: kind for kind, name in _TARGETS.items()}
 _DEFAULTS = {
     "num_train_timesteps": NUM_STEPS, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
     "trained_betas": None, "prediction_type": "epsilon", "rescale_betas_zero_snr": False,
@@ -56,41 +58,43 @@ def config_of(diffusion: Mapping[str, Any]) -> dict[str, Any]:
     """The `scheduler_config.json` with which `diffusers` samples as our DDIM does.
 
     Args:
-        diffusion: the run's node.
-
-    Raises:
-        UserError: a schedule or target that has no place in it.
+        diffusion: the run's node, of which `problems_of` finds none.
     """
-    schedule, zero = diffusion["schedule"], False
-    if _class_of(schedule) == "ZeroTerminalSNR":
-        schedule, zero = schedule["table"], True
-    kinds = {name: (beta_schedule, keys) for beta_schedule, (name, keys) in _TABLES.items()}
-    targets = {name: prediction_type for prediction_type, name in _TARGETS.items()}
-    problems = []
-    found = kinds.get(_class_of(schedule))
-    if found is None:
-        problems.append("diffusion/schedule: only linear, scaled_linear, cosine_table or zero_terminal_snr")
-    elif not found[1] and any(schedule[key] != value for key, value in _COSINE.items()):
-        problems.append(f"diffusion.schedule: a cosine_table only with {_COSINE}")
-    if found is not None and schedule["num_steps"] != NUM_STEPS:
-        problems.append(f"diffusion.schedule.num_steps: only {NUM_STEPS}")
-    target = targets.get(_class_of(diffusion["parameterization"]))
-    if target is None:
-        problems.append("diffusion/parameterization: only epsilon, v or x0")
-    if problems or found is None:
-        raise UserError("; ".join(problems))
+    schedule, zero = _table_of(diffusion)
+    kind, keys = _KINDS[_class_of(schedule)]
     return {
         "_class_name": CLASS,
         **_DEFAULTS,
-        **{key: schedule[key] for key in found[1]},
-        "beta_schedule": found[0],
-        "prediction_type": target,
+        **{key: schedule[key] for key in keys},
+        "beta_schedule": kind,
+        "prediction_type": _PREDICTION_TYPES[_class_of(diffusion["parameterization"])],
         "rescale_betas_zero_snr": zero,
         "clip_sample": False,
         "set_alpha_to_one": True,
         "timestep_spacing": "trailing",
-        "steps_offset": 0,
+        "steps_offset": 1,  # not read with trailing steps; the pipeline warns of 0
     }
+
+
+def problems_of(diffusion: Mapping[str, Any]) -> list[str]:
+    """What of a run's schedule and target has no place in a `scheduler_config.json`."""
+    schedule, _ = _table_of(diffusion)
+    problems = []
+    if _class_of(schedule) not in _KINDS:
+        problems.append("diffusion/schedule=linear, scaled_linear, cosine_table or zero_terminal_snr of one of them")
+    else:
+        wanted = {"num_steps": NUM_STEPS} | (_COSINE if _class_of(schedule) == "CosineTable" else {})
+        different = [f"diffusion.schedule.{key}={value}" for key, value in wanted.items() if schedule[key] != value]
+        problems += different
+    if _class_of(diffusion["parameterization"]) not in _PREDICTION_TYPES:
+        problems.append("diffusion/parameterization=epsilon, v or x0")
+    return problems
+
+
+def _table_of(diffusion: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The table of betas, and whether it is rescaled to zero terminal SNR."""
+    schedule = diffusion["schedule"]
+    return (schedule["table"], True) if _class_of(schedule) == "ZeroTerminalSNR" else (schedule, False)
 
 
 def _class_of(node: Mapping[str, Any]) -> str:
