@@ -15,7 +15,7 @@ from carrara import run_folder
 from carrara.component import CARD, read_component
 from carrara.config import Composed, Config, compose, fingerprint
 from carrara.errors import UserError
-from carrara.start import check_start, network_of
+from carrara.start import check_lora, check_start, network_of
 
 if TYPE_CHECKING:
     from carrara.published.folder import Published
@@ -88,6 +88,7 @@ def start_of(config: Config) -> Part | None:
     Raises:
         UserError: there is no such thing, or it does not fit the run's network.
     """
+    check_lora(config)
     reference = (config.get("start") or {}).get("network")
     if reference is None:
         return None

@@ -70,6 +70,15 @@ def check_start(reference: str, network: Mapping[str, Any], diffusion: Mapping[s
             )  # fmt: skip
 
 
+def check_lora(config: Config) -> None:
+    """
+    Raises:
+        UserError: additions, and nothing that they could be added to.
+    """
+    if (config.get("model") or {}).get("lora") is not None and config["start"]["network"] is None:
+        raise UserError("model.lora is added to weights that are trained: name them with start.network=…")
+
+
 def begin(config: Config, model: Model) -> None:
     """Fills the model of a run with the weights its training begins with, if it names any.
 
@@ -81,6 +90,7 @@ def begin(config: Config, model: Model) -> None:
     reference = (config.get("start") or {}).get("network")
     if reference is None:
         return
+    from carrara.conditioner.pretrained import Pretrained
     from carrara.model.diffusion import DiffusionModel
 
     assert isinstance(model, DiffusionModel)
@@ -89,6 +99,11 @@ def begin(config: Config, model: Model) -> None:
     whole = component.kind == "noise_predictor"
     conditioner = _below("conditioner.", state) if whole else {}
     alike = whole and component.config["conditioner"] == config["conditioner"]
+    if model.lora is not None and not (alike or isinstance(model.predictor.conditioner, Pretrained)):
+        raise UserError(
+            f"model.lora leaves the conditioner as it is, and start.network={reference} has none like this run's: take "
+            "its own, or a text encoder that is trained (conditioner=clip)"
+        )
     if conditioner and not alike:
         _log.info("start.network=%s: its conditioner is another one, so only the network begins with it", reference)
     model.begin_with(

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.diffusion.objective import Objective
+from carrara.errors import UserError
 from carrara.model.base import Model, OptimizerFactory
 from carrara.network.caption_mean import CaptionMean
 from carrara.network.conditioning import Conditioning
+from carrara.network.lora import add_lora, load_base, merged
 
 
 class DiffusionModel(Model):
@@ -28,6 +30,7 @@ class DiffusionModel(Model):
         stratified: spread the times of a batch evenly over their distribution (Kingma et al. 2021, appendix I.1)
             instead of drawing each by itself.
         caption_mean_weight: of that error; 0 builds no `CaptionMean`.
+        lora: `rank`, `alpha` and `targets` of `add_lora`: additions to the network, which are all that is trained then.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -48,8 +51,16 @@ class DiffusionModel(Model):
         cooldown: float,
         max_steps: int,
         seed: int,
+        lora: dict[str, Any] | None = None,
     ):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
+        if lora is not None:
+            if caption_mean_weight:
+                raise ValueError("model.caption_mean_weight must be 0 with model.lora, which leaves captions as they are")
+            conditioner.requires_grad_(False)
+            add_lora(network, **lora)
+        self.lora = lora
+        self.base = ""  # SHA-256 of the weights it begins with
         self.predictor = NoisePredictor(network, conditioner)
         autoencoder.requires_grad_(False)
         self.autoencoder = autoencoder.eval()
@@ -61,7 +72,9 @@ class DiffusionModel(Model):
 
     @property
     def exported(self) -> nn.Module:
-        return self.predictor
+        if self.lora is None:
+            return self.predictor
+        return NoisePredictor(merged(self.predictor.network), self.predictor.conditioner)
 
     @property
     def hot(self) -> list[nn.Module]:
@@ -73,9 +86,10 @@ class DiffusionModel(Model):
         Args:
             sha256: of the file they come from.
         """
-        self.predictor.network.load_state_dict(network)
+        load_base(self.predictor.network, network)
         if conditioner is not None:
             self.predictor.conditioner.load_state_dict(conditioner)
+        self.base = sha256
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         x0 = self._clean_latents(batch)
@@ -95,6 +109,19 @@ class DiffusionModel(Model):
         # its gradient without its value: the loss means the same with and without it, in training and validation
         loss = denoising + self.caption_mean_weight * (error - error.detach())
         return {"loss": loss, "caption_mean": error}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.lora is not None:  # what they were added to is not in it
+            checkpoint["base"] = self.base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora is not None and checkpoint["base"] != self.base:
+            raise UserError(
+                f"the additions of model.lora were trained on other weights (SHA-256 {checkpoint['base'][:12]}…) than "
+                f"those that start.network names ({self.base[:12]}…): put them back"
+            )
+        super().on_load_checkpoint(checkpoint)
 
     @torch.no_grad()
     def _clean_latents(self, batch: dict[str, Any]) -> Tensor:
