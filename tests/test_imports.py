@@ -40,10 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "search": FOUNDATION | {"data", "evaluator"},
     "pipeline": FOUNDATION | PARTS | {"network", "diffusion", "model", "component"},
     "callback": BELOW_PIPELINE | {"component", "pipeline"},
-    **{
-        command: BELOW_PIPELINE | COMMANDS | BELOW_COMMANDS
-        for command in COMMANDS
-    },
+    **dict.fromkeys(COMMANDS, BELOW_PIPELINE | COMMANDS | BELOW_COMMANDS),
 }
 FAMILIES = ("report", "config")  # units of several files: report.py, report_chart.py, …
 OUTSIDE = {"diffusion": {"torch"}}  # besides the standard library; a unit that is not named may import any package

@@ -148,3 +148,9 @@ def test_a_part_that_exports_nothing_is_told(tmp_path):
     part = Part("evaluator", tmp_path / "e" / "component", tmp_path / "e")
     with pytest.raises(UserError, match="was trained and not exported"):
         train_missing([part], lambda folder: None)
+
+
+def test_a_model_does_not_train_a_part_that_is_trained():
+    config = compose(CONF, "train", ["model=autoencoder", "autoencoder=pretrained", "part.autoencoder=x"])
+    with pytest.raises(UserError, match=r"part\.autoencoder=x: model=autoencoder trains its own"):
+        needed_parts(CONF, config, None)

@@ -45,6 +45,7 @@ class Part:
         parts: what that training needs itself.
         published: where it is, if it has to be imported.
         node: of the config that names it, by its kind.
+        doubt: what may be wrong with it, and need not be.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Part:
     parts: "tuple[Part, ...]" = ()
     published: "Published | None" = None
     node: str = "part"
+    doubt: str = ""
 
     def is_ready(self) -> bool:
         """Whether the component is there now."""
@@ -61,7 +63,7 @@ class Part:
 
 
 def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | None) -> list[Part]:
-    """The parts that the run's `part` node names; nothing is trained or written.
+    """The parts that the run's `part` node names, and what it starts with; nothing is trained or written.
 
     Args:
         data_fingerprint: of the contents of the run's data; None where they are not there yet.
@@ -72,6 +74,10 @@ def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | Non
     config = composed.config
     found = []
     for kind, reference in (config.get("part") or {}).items():
+        if reference is not None and kind == config.get("name"):
+            raise UserError(
+                f"part.{kind}={reference}: model={kind} trains its own; take another {kind}=…, or leave it out"
+            )
         if reference == AUTO:
             found.append(_auto_part(conf_dir, composed, kind, data_fingerprint))
         elif reference is not None:
@@ -94,28 +100,28 @@ def start_of(config: Config) -> Part | None:
         return None
     folder = _component(str(reference), Path(config["runs_dir"]))
     if folder is not None:
-        check_start(str(reference), *network_of(folder), config)
-        return Part("network", folder, node="start")
+        doubt = check_start(str(reference), *network_of(folder), config)
+        return Part("network", folder, node="start", doubt=doubt)
     published = _published(f"start.network={reference}", str(reference), "network")
     if published is None:
         raise _missing(f"start.network={reference}", str(reference), "a published U-Net")
     from carrara.published.importing import node_of, trained_with
 
-    check_start(str(reference), node_of(published, "network"), trained_with(published), config)
-    return Part("network", None, published=published, node="start")
+    doubt = check_start(str(reference), node_of(published, "network"), trained_with(published), config)
+    return Part("network", None, published=published, node="start", doubt=doubt)
 
 
 def imported(parts: list[Part], runs_dir: Path) -> list[Part]:
     """The same with published ones as components, which are made once."""
 
-    def imported(part: Part) -> Part:
+    def component(part: Part) -> Part:
         if part.published is None:
             return part
         from carrara.published.importing import import_published
 
         return replace(part, folder=import_published(part.published, part.kind, runs_dir), published=None)
 
-    return [imported(part) for part in parts]
+    return [component(part) for part in parts]
 
 
 def with_parts(config: Config, parts: list[Part]) -> Config:

@@ -29,6 +29,8 @@ def describe(config: Config, parts: list[Part], data: ShardData | UserError) -> 
     lines = [f"{config['name']} on {config['data']['name']}, size {config.get('size')}: the plan, nothing is started"]
     for part in in_order(parts):
         lines.append(_row(part.node, part.kind, _state_of(part)))
+        if part.doubt:
+            lines.append(_row("", "", part.doubt))
     for name, module in modules.items():
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)

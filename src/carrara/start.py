@@ -35,14 +35,17 @@ def network_of(folder: Path) -> tuple[Config, dict[str, Any]]:
     return _network_node(component), component.card.get("diffusion", {})
 
 
-def check_start(reference: str, network: Mapping[str, Any], diffusion: Mapping[str, Any], config: Config) -> None:
-    """Whether a run can begin with these weights; another target or schedule than theirs is only told.
+def check_start(reference: str, network: Mapping[str, Any], diffusion: Mapping[str, Any], config: Config) -> str:
+    """Whether a run can begin with these weights.
 
     Args:
         reference: how the user named them.
         network: the node of their network.
         diffusion: `schedule` and `parameterization` that they were trained with, where that is known.
         config: of the run.
+
+    Returns:
+        What to tell of another schedule or target than theirs, which may be meant; "" of the same.
 
     Raises:
         UserError: the run's network is another one.
@@ -63,11 +66,12 @@ def check_start(reference: str, network: Mapping[str, Any], diffusion: Mapping[s
         )
     for key, theirs in diffusion.items():
         if config["diffusion"][key] != theirs:
-            _log.warning(
-                "start.network=%s was trained with %s, and this run has %s: it has to learn that first "
-                "(diffusion=stable_diffusion is what published ones have)",
-                reference, _in_words(theirs), _in_words(config["diffusion"][key]),
-            )  # fmt: skip
+            return (
+                f"start.network={reference} was trained with {_in_words(theirs)}, and this run has "
+                f"{_in_words(config['diffusion'][key])}, which it has to learn first: published ones go with "
+                "diffusion=stable_diffusion"
+            )
+    return ""
 
 
 def check_lora(config: Config) -> None:
@@ -120,7 +124,9 @@ def _network_node(component: Component) -> Config:
 def _spread(node: Mapping[str, Any], key: str) -> object:
     """A setting, one number of heads for all levels as one for each."""
     value = node.get(key)
-    return [value] * len(node["channels"]) if key == "heads" and isinstance(value, int) and "channels" in node else value
+    return (
+        [value] * len(node["channels"]) if key == "heads" and isinstance(value, int) and "channels" in node else value
+    )
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,7 +42,10 @@ def test_it_encodes_and_decodes_as_theirs_does(name):
     shift = theirs.config.shift_factor or 0.0
     latents = (posterior.mean + posterior.std * noise - shift) * theirs.config.scaling_factor
     assert relative_error(ours.encode(images, noise), latents) < 1e-4
-    assert relative_error(ours.decode(latents), theirs.decode(latents / theirs.config.scaling_factor + shift).sample) < 1e-4
+    assert (
+        relative_error(ours.decode(latents), theirs.decode(latents / theirs.config.scaling_factor + shift).sample)
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -64,8 +64,16 @@ def test_a_field_that_ours_cannot_be_is_named_with_its_file(field, value):
                 "diffusion/parameterization=epsilon, v or x0",
             ],
         ),
-        ({"_target_": "x.Linear", "beta_start": 1e-4, "beta_end": 0.02, "num_steps": 100}, "V", ["diffusion.schedule.num_steps=1000"]),
-        ({"_target_": "x.CosineTable", "max_beta": 0.5, "s": 0.008, "num_steps": 1000}, "V", ["diffusion.schedule.max_beta=0.999"]),
+        (
+            {"_target_": "x.Linear", "beta_start": 1e-4, "beta_end": 0.02, "num_steps": 100},
+            "V",
+            ["diffusion.schedule.num_steps=1000"],
+        ),
+        (
+            {"_target_": "x.CosineTable", "max_beta": 0.5, "s": 0.008, "num_steps": 1000},
+            "V",
+            ["diffusion.schedule.max_beta=0.999"],
+        ),
         ({"_target_": "x.CosineTable", "max_beta": 0.999, "s": 0.008, "num_steps": 1000}, "X0", []),
     ],
 )

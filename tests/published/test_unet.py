@@ -69,7 +69,10 @@ def test_it_answers_as_theirs_does_both_ways(name):
 def test_stable_diffusions_own_settings():
     """Of the files as they are published, without weights."""
     with torch.device("meta"):
-        first, second = (UNet2DConditionModel(in_channels=4, out_channels=4, **UNETS[f"Stable Diffusion {k}"]) for k in ("1.5", "2.1"))
+        first, second = (
+            UNet2DConditionModel(in_channels=4, out_channels=4, **UNETS[f"Stable Diffusion {k}"])
+            for k in ("1.5", "2.1")
+        )
         counts = [sum(p.numel() for p in build(node_of(model)).parameters()) for model in (first, second)]
     assert counts == [sum(p.numel() for p in model.parameters()) for model in (first, second)]
     assert counts[0] == 859_520_964
@@ -84,7 +87,12 @@ def test_settings_go_there_and_back():
 
 
 def test_a_field_that_a_file_leaves_out_has_their_default():
-    config = {"_class_name": "UNet2DConditionModel", "_name_or_path": "x", "sample_size": 64, "cross_attention_dim": 768}
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "_name_or_path": "x",
+        "sample_size": 64,
+        "cross_attention_dim": 768,
+    }
     node = published.node_of(FILE, config)
     with torch.device("meta"):
         theirs = UNet2DConditionModel.from_config(config)
@@ -115,7 +123,7 @@ def test_a_field_that_a_file_leaves_out_has_their_default():
     ],
 )
 def test_a_field_that_ours_cannot_be_is_named_with_its_file(field, value):
-    with pytest.raises(UserError, match="unet/config.json") as mistake:
+    with pytest.raises(UserError, match=r"unet/config\.json") as mistake:
         node_of(unet(), **{field: value})
     named = "norm_num_groups" if field == "block_out_channels" else field
     assert named in str(mistake.value) and "\n" not in str(mistake.value)

@@ -39,9 +39,9 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         print((conf_dir / f"{NAME}.yaml").read_text())
         return
     order = compose(conf_dir, NAME, overrides).config
-    folder = find_run(str(order["run"]), Path(order["runs_dir"]))
     if order["prompt"] is None and order["export"] is None:
         raise UserError("prompt is missing: prompt='…' is what the pictures show, or export=FOLDER")
+    folder = find_run(str(order["run"]), Path(order["runs_dir"]))
     prompts = [order["prompt"]] if isinstance(order["prompt"], str) else [str(p) for p in order["prompt"] or []]
     for key in ("count", "num_frames", "batch_size"):
         if not isinstance(order[key], int) or order[key] < 1:

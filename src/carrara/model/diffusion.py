@@ -56,7 +56,9 @@ class DiffusionModel(Model):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         if lora is not None:
             if caption_mean_weight:
-                raise ValueError("model.caption_mean_weight must be 0 with model.lora, which leaves captions as they are")
+                raise ValueError(
+                    "model.caption_mean_weight must be 0 with model.lora, which leaves captions as they are"
+                )
             conditioner.requires_grad_(False)
             add_lora(network, **lora)
         self.lora = lora

@@ -92,7 +92,9 @@ def tidied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def from_published(state: Mapping[str, Tensor], node: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def from_published(
+    state: Mapping[str, Tensor], node: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Our state for their tidied one: (z − shift) · scaling becomes a mean and a standard deviation of each channel."""
     fields = {**_DEFAULTS, **config}
     size = node["latent_channels"]

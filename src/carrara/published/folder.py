@@ -60,8 +60,8 @@ class Published:
         found = self._found()
         if not found:
             raise UserError(
-                f"{self.reference}: {self.folder} has no {WEIGHTS}; pickled weights (.bin) are not read, since they can "
-                "run code: take a model with safetensors, or convert it with save_pretrained"
+                f"{self.reference}: {self.folder} has no {WEIGHTS}; pickled weights (.bin) are not read, since they "
+                "can run code: take a model with safetensors, or convert it with save_pretrained"
             )
         missing = [path for path in found if not path.is_file()]
         if missing:
@@ -82,7 +82,7 @@ class Published:
 
 
 def is_published(reference: str) -> bool:
-    """Whether it looks like a folder in the layout of `diffusers`, or the name of one on the hub; nothing is fetched."""
+    """Whether it looks like a folder in the layout of `diffusers`, or the hub's name of one; nothing is fetched."""
     folder = Path(reference)
     if folder.is_dir():
         return (folder / INDEX).is_file() or (folder / CONFIG).is_file()

@@ -84,9 +84,7 @@ def _converted(published: Published, kind: str, node: Mapping[str, Any], files: 
     return module
 
 
-def _ours(
-    published: Published, kind: str, state: Mapping[str, Tensor], node: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def _ours(published: Published, kind: str, state: Mapping[str, Tensor], node: Mapping[str, Any]) -> dict[str, Tensor]:
     if kind == "autoencoder":
         return autoencoder.from_published(state, node, published.config)
     return unet.from_published(state, node)

@@ -19,8 +19,9 @@ _DOWN = {True: "CrossAttnDownBlock2D", False: "DownBlock2D"}
 _UP = {True: "CrossAttnUpBlock2D", False: "UpBlock2D"}
 _DEFAULTS: dict[str, Any] = {
     "sample_size": None, "in_channels": 4, "out_channels": 4, "center_input_sample": False, "flip_sin_to_cos": True,
-    "freq_shift": 0, "down_block_types": [*[_DOWN[True]] * 3, _DOWN[False]], "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": [_UP[False], *[_UP[True]] * 3], "only_cross_attention": False,
+    "freq_shift": 0, "down_block_types": [*[_DOWN[True]] * 3, _DOWN[False]],
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": [_UP[False], *[_UP[True]] * 3],
+    "only_cross_attention": False,
     "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "downsample_padding": 1,
     "mid_block_scale_factor": 1, "dropout": 0.0, "act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5,
     "cross_attention_dim": 1280, "transformer_layers_per_block": 1, "reverse_transformer_layers_per_block": None,
@@ -135,8 +136,7 @@ def modules(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(their name, ours) of all layers of a U-Net with these settings."""
     blocks, depth, attention = node["num_blocks"], node["depth"], node["attention"]
     last = len(attention) - 1
-    for theirs, ours in _ENDS:
-        yield theirs, ours
+    yield from _ENDS
     for level, there in enumerate(attention):
         for block in range(blocks):
             yield from _stage(f"down_blocks.{level}", block, f"down.{level}.{block}", depth if there else 0)
