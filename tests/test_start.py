@@ -10,15 +10,16 @@ import torch
 
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO
 from carrara.component import save_component
+from carrara.conditioner.text import Text
 from carrara.config import Composed, build
 from carrara.errors import UserError
 from carrara.model.diffusion import DiffusionModel, NoisePredictor
 from carrara.parts import imported, needed_parts, with_parts
 from carrara.start import begin
 from tests.published.pipelines import save_pipeline
-from tests.tiny import CAPTIONS, awake, batches, diffusion_model, equal, trainer, weights
+from tests.tiny import awake, batches, diffusion_model, equal, train_tokenizers, trainer, weights
 
-NETWORK = {
+NETWORK: dict[str, Any] = {
     "_target_": "carrara.network.unet.UNet",
     "in_channels": 3,
     "resolution": 8,
@@ -34,7 +35,7 @@ NETWORK = {
     "learned_positions": False,
     "checkpointing": False,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "_target_": "carrara.conditioner.text.Text",
     "vocab_size": 300,
     "max_length": 12,
@@ -42,15 +43,20 @@ TEXT = {
     "depth": 1,
     "heads": 2,
 }
-FLOW = {
+FLOW: dict[str, Any] = {
     "schedule": {"_target_": "carrara.diffusion.schedule.Flow", "shift": 1.0},
     "parameterization": {"_target_": "carrara.diffusion.parameterization.Flow"},
 }
-LORA = {"rank": 2, "alpha": 2, "targets": ["query", "key", "value", "out"]}
+LORA: dict[str, Any] = {"rank": 2, "alpha": 2, "targets": ["query", "key", "value", "out"]}
 
 
 def config(start: Path | None, lora: dict[str, Any] | None = None, **nodes: dict[str, Any]) -> dict[str, Any]:
-    base = {"network": NETWORK, "conditioner": TEXT, "diffusion": FLOW, "model": {"lora": lora}}
+    base: dict[str, dict[str, Any]] = {
+        "network": NETWORK,
+        "conditioner": TEXT,
+        "diffusion": FLOW,
+        "model": {"lora": lora},
+    }
     changed = {name: base[name] | node for name, node in nodes.items()}
     return deepcopy({**base, **changed, "runs_dir": "runs", "part": {}, "start": {"network": start and str(start)}})
 
@@ -67,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, NoisePredic
     torch.manual_seed(7)
     folder = tmp_path_factory.mktemp("start") / "component"
     predictor = NoisePredictor(awake(build(NETWORK)), build(TEXT))
-    predictor.conditioner.tokenizer.train_on(CAPTIONS)
+    train_tokenizers(predictor)
     node = {"_target_": "carrara.model.diffusion.NoisePredictor", "network": NETWORK, "conditioner": TEXT}
     card = {"fingerprint": "", "data": {}, "scores": {}, "diffusion": FLOW}
     save_component(folder, "noise_predictor", node, predictor, card)
@@ -86,6 +92,7 @@ def test_the_network_and_what_was_trained_along_begin_there(trained):
     model = model_of(settings)
     begin(settings, model)
     assert equal(weights(model.predictor), weights(predictor))
+    assert isinstance(model.predictor.conditioner, Text)
     assert model.predictor.conditioner.tokenizer.trained  # so no other vocabulary is learned
 
 
@@ -202,7 +209,7 @@ def test_a_resume_on_other_weights_is_refused(trained, tmp_path):
     fitted(tmp_path / "run", settings, 2)
     torch.manual_seed(9)
     other = NoisePredictor(build(NETWORK), build(TEXT))
-    other.conditioner.tokenizer.train_on(CAPTIONS)
+    train_tokenizers(other)
     node = {"_target_": "carrara.model.diffusion.NoisePredictor", "network": NETWORK, "conditioner": TEXT}
     card = {"fingerprint": "", "data": {}, "scores": {}}
     save_component(tmp_path / "other", "noise_predictor", node, other, card)

@@ -76,7 +76,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module, Pr
     folder = tmp_path_factory.mktemp("clip")
     text_encoder().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    network, autoencoder = (lively(tiny.awake(build(CONFIG[name]))) for name in ("network", "autoencoder"))
+    network, autoencoder = lively(tiny.awake(build(CONFIG["network"]))), build(CONFIG["autoencoder"])
+    assert isinstance(autoencoder, KL)
+    lively(autoencoder)
     autoencoder.set_statistics(torch.tensor([0.5, -1.0, 2.0, 0.1]), torch.tensor([0.3, 2.0, 1.5, 3.0]))
     return network.eval(), Pretrained(str(folder), WIDTH, LENGTH, "max_length"), autoencoder.eval()
 
@@ -109,7 +111,7 @@ def start(pipeline: TextToImage, sampling: Sampling) -> torch.Tensor:
     seen: list[torch.Tensor] = []
 
     class Seen(Ancestral):
-        def __call__(self, denoise, x, *rest):  # type: ignore[no-untyped-def]
+        def __call__(self, denoise, x, *rest):
             seen.append(x)
             return x
 

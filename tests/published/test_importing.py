@@ -69,9 +69,8 @@ def test_another_scale_of_the_same_weights_is_another_component(copied, tmp_path
     change_json(copied / "vae" / "config.json", scaling_factor=0.5)
     second = find_component(str(copied), "autoencoder", tmp_path)
     assert first != second
-    assert [load_component(path, "autoencoder")[0].latent_std[0].item() for path in (first, second)] == pytest.approx(
-        [1 / 0.18215, 2.0]
-    )
+    scales = [load_component(path, "autoencoder")[0].state_dict()["latent_std"][0].item() for path in (first, second)]
+    assert scales == pytest.approx([1 / 0.18215, 2.0])
 
 
 def test_shards_and_half_precision_are_read(saved, copied, tmp_path):
@@ -142,6 +141,14 @@ def unknown_field(folder: Path) -> None:
     change_json(folder / "vae" / "config.json", swirl=1)
 
 
+def a_text_for_a_number(folder: Path) -> None:
+    change_json(folder / "vae" / "config.json", layers_per_block="2")
+
+
+def no_scale(folder: Path) -> None:
+    change_json(folder / "vae" / "config.json", scaling_factor=0)
+
+
 def unknown_value(folder: Path) -> None:
     change_json(folder / "vae" / "config.json", act_fn="gelu")
 
@@ -160,6 +167,8 @@ def unknown_value(folder: Path) -> None:
         (other_class, r"vae/config.json: _class_name is VQModel, where a AutoencoderKL is needed"),
         (without_vae, r"there is no .*vae/config.json"),
         (unknown_field, r"vae/config.json: the field swirl is not known"),
+        (a_text_for_a_number, r"vae/config.json: nothing can be built of it"),
+        (no_scale, r"vae/config.json: scaling_factor is 0; it must be positive"),
         (unknown_value, r"vae/config.json: act_fn is gelu; only silu"),
     ],
 )

@@ -94,8 +94,12 @@ class Pretrained(Conditioner):
         """What its answer depends on: the weights, the longest caption, and the tokenizer by some of its answers."""
         ids, _ = self.tokenize(["", *_PROBES])
         tokenizer = hashlib.sha256(json.dumps(ids.tolist()).encode()).hexdigest()
-        facts = {"encoder": self.encoder.sha256, "max_length": self.max_length, "tokenizer": tokenizer}
-        return facts | {"padding": self.padding}
+        return {
+            "encoder": self.encoder.sha256,
+            "max_length": self.max_length,
+            "padding": self.padding,
+            "tokenizer": tokenizer,
+        }
 
     @property
     def is_clip(self) -> bool:
@@ -103,7 +107,8 @@ class Pretrained(Conditioner):
 
     def save(self, text_encoder: Path, tokenizer: Path) -> str:
         """Writes both into folders as `transformers` does; the name of the tokenizer's class."""
-        self.encoder.module.save_pretrained(text_encoder)
+        model: Any = self.encoder.module
+        model.save_pretrained(text_encoder)
         self._tokenizer.model_max_length = self.max_length
         self._tokenizer.save_pretrained(tokenizer)
         return type(self._tokenizer).__name__

@@ -43,6 +43,8 @@ def node_of(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"{file}: {key} is {fields[key]}; only {block}, once for each of block_out_channels, can be read here"
             )
+    if not fields["scaling_factor"] > 0:
+        raise UserError(f"{file}: scaling_factor is {fields['scaling_factor']}; it must be positive")
     node = {
         "_target_": _TARGET,
         "latent_channels": fields["latent_channels"],

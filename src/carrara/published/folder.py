@@ -21,7 +21,7 @@ CONFIG = "config.json"
 _STEM = "diffusion_pytorch_model"
 WEIGHTS, _SHARDED, _HALF = f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json", f"{_STEM}.fp16.safetensors"
 _SHARDS = f"{_STEM}-*-of-*.safetensors"
-_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)")  # owner/name, and a folder in it
+_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)((?:/[\w-][\w.-]*)*)")  # owner/name, and a folder in it
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from carrara.component import CARD, save_component
 from carrara.config import build, fingerprint
+from carrara.errors import UserError
 from carrara.network.hugging_face import sha256_of
 from carrara.published import autoencoder, scheduler, unet
 from carrara.published.folder import Published, check_fit, find_published, is_published, read_tensors
@@ -36,7 +37,11 @@ def node_of(published: Published, kind: str) -> dict[str, Any]:
     Raises:
         UserError: our part cannot be what its config says.
     """
-    return _KINDS[kind].node_of(published.config_file, published.config)
+    file = published.config_file
+    try:
+        return _KINDS[kind].node_of(file, published.config)
+    except (TypeError, ValueError, ArithmeticError) as error:  # a text where a number is meant, say
+        raise UserError(f"{file}: nothing can be built of it ({error})") from None
 
 
 def trained_with(published: Published) -> dict[str, Any]:
