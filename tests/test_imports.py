@@ -17,10 +17,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "carrara"
 FOUNDATION = {"divergence", "errors", "keyed_random", "signals"}
 PARTS = {"autoencoder", "classifier", "conditioner", "evaluator", "language_model"}  # siblings: none imports another
 BELOW_PIPELINE = FOUNDATION | {"diffusion", "network", "data", "metric", "model"} | PARTS
-BELOW_COMMANDS = {"component", "config", "pipeline", "callback", "search"}
+BELOW_COMMANDS = {"component", "config", "published", "pipeline", "callback", "search"}
 COMMANDS = {
     "architecture", "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report",
-    "run_folder", "sampling", "score_card", "scoring", "worker", "world",
+    "run_folder", "sampling", "score_card", "scoring", "start", "worker", "world",
 }  # fmt: skip
 
 ALLOWED: dict[str, set[str]] = {
@@ -36,13 +36,11 @@ ALLOWED: dict[str, set[str]] = {
     "model": FOUNDATION | PARTS | {"network", "diffusion"},
     "config": FOUNDATION,
     "component": FOUNDATION | {"config"},  # a part on disk holds a config and is built from it
+    "published": FOUNDATION | {"autoencoder", "conditioner", "network", "config", "component"},
     "search": FOUNDATION | {"data", "evaluator"},
     "pipeline": FOUNDATION | PARTS | {"network", "diffusion", "model", "component"},
     "callback": BELOW_PIPELINE | {"component", "pipeline"},
-    **{
-        command: BELOW_PIPELINE | COMMANDS | {"component", "config", "pipeline", "callback", "search"}
-        for command in COMMANDS
-    },
+    **dict.fromkeys(COMMANDS, BELOW_PIPELINE | COMMANDS | BELOW_COMMANDS),
 }
 FAMILIES = ("report", "config")  # units of several files: report.py, report_chart.py, …
 OUTSIDE = {"diffusion": {"torch"}}  # besides the standard library; a unit that is not named may import any package

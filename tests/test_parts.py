@@ -179,3 +179,9 @@ def test_all_stages_read_captions_in_the_same_way():
     [stage] = [part for part in needed_parts(CONF, composed, "data") if part.kind == "small_pictures"]
     [read] = [part for part in stage.parts if part.kind == "language_model"]
     assert read.config["language_model"]["objective"] == "causal"
+
+
+def test_a_model_does_not_train_a_part_that_is_trained():
+    config = compose(CONF, "train", ["model=autoencoder", "autoencoder=pretrained", "part.autoencoder=x"])
+    with pytest.raises(UserError, match=r"part\.autoencoder=x: model=autoencoder trains its own"):
+        needed_parts(CONF, config, None)

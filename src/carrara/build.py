@@ -28,6 +28,7 @@ from carrara.parts import STAGES, kind_of
 from carrara.pipeline.base import Pipeline
 from carrara.pipeline.denoising import Sampling
 from carrara.run_folder import component_folder, is_finished, load_config
+from carrara.start import begin
 
 _HOPELESS = 1000.0  # sigma / alpha; the linear schedule of DDPM begins at 157, Stable Diffusion's at 15
 ARCHITECTURES = (
@@ -245,15 +246,21 @@ def load_trained(
         if "diffusion" not in config:
             raise UserError(f"{config['name']} samples nothing: leave part.classifier out")
         config["part"]["classifier"] = classifier
-    model, modules = build_model(config)
     if checkpoint is None and is_finished(folder):
+        if config["model"].get("lora") is not None:
+            config["model"]["lora"] = None  # what is exported has the additions in its weights
+        model, modules = build_model(config)
         trained, _ = load_component(component_folder(folder), model.kind)
         model.exported.load_state_dict(trained.state_dict())
         return config, model.eval(), modules
+    model, modules = build_model(config)
     checkpoint = checkpoint or newest_valid(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoint yet: train it with python train.py resume={folder}")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if config["model"].get("lora") is not None:
+        begin(config, model)
+        model.on_load_checkpoint(state)
     model.load_state_dict(state["state_dict"], strict=False)  # frozen parts are not in it
     average = state["callbacks"]["EMA"]["average"]
     with torch.no_grad():

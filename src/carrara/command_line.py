@@ -30,6 +30,8 @@ FREE_TEXT = frozenset(
         "weak",
         "runs_dir",
         "out",
+        "export",
+        "start.network",
     }
 )  # and every key below `part.`
 LISTS = frozenset({"prompt", "query", "data.urls", "data.val_urls", "image", "images"})  # `[a,b]` is a list here

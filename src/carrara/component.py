@@ -111,24 +111,34 @@ def load_component(folder: Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
     Raises:
         UserError: as `read_component`; or weights that were changed, or do not fit what the config builds.
     """
-    import safetensors.torch
     from torch import nn
 
     component = read_component(folder, kind)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise UserError(f"{weights} does not exist: export the component again")
-    if _sha256(weights) != component.card.get("sha256"):
-        raise UserError(f"{weights} is not the file its {CARD} describes (sha256 differs): copy or export it again")
-    try:
-        state = safetensors.torch.load_file(weights)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{weights} is no safetensors file: {error}") from None
+    state = read_weights(component)
     module = build(component.config)
     assert isinstance(module, nn.Module)
     _check_fit(folder, state, _state(module))
     module.load_state_dict(state, strict=True)
     return module.eval(), component.card
+
+
+def read_weights(component: Component) -> dict[str, Tensor]:
+    """The tensors of a component.
+
+    Raises:
+        UserError: they are not there, or were changed.
+    """
+    import safetensors.torch
+
+    weights = component.folder / WEIGHTS
+    if not weights.is_file():
+        raise UserError(f"{weights} does not exist: export the component again")
+    if _sha256(weights) != component.card.get("sha256"):
+        raise UserError(f"{weights} is not the file its {CARD} describes (sha256 differs): copy or export it again")
+    try:
+        return safetensors.torch.load_file(weights)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{weights} is no safetensors file: {error}") from None
 
 
 def check_packages(config: Mapping[str, Any], kind: str) -> None:

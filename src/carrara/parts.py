@@ -1,17 +1,24 @@
-"""The trained parts a run needs: named, found by fingerprint, or trained first, once for all."""
+"""The trained parts a run needs: named, found by fingerprint, or trained first, once for all.
+
+`carrara.published` is imported where something published is named: with it comes torch.
+"""
 
 import logging
 import os
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from carrara import run_folder
 from carrara.component import CARD, read_component
 from carrara.config import Composed, Config, compose, fingerprint
 from carrara.errors import UserError
+from carrara.start import check_lora, check_start, network_of
+
+if TYPE_CHECKING:
+    from carrara.published.folder import Published
 
 AUTO = "auto"
 STAGES = ("small_pictures", "prior")
@@ -19,7 +26,7 @@ STAGES = ("small_pictures", "prior")
 
 _CARRIED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "accelerator", "precision"))
 _NOT_THE_PART = (
-    "runs_dir", "resume", "dry_run", "sweep", "logger", "callback", "size", "part", "data"
+    "runs_dir", "resume", "dry_run", "sweep", "logger", "callback", "size", "part", "data",
 )  # fmt: skip
 _INTERFACE = {  # what the network is built to fit
     "autoencoder": ("latent_channels", "downsampling", "num_codes"),
@@ -37,13 +44,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Part:
-    """A part a run needs.
+    """A part a run needs, or begins with.
 
     Attributes:
-        folder: the component; None while the data, which the fingerprint is of, is not there.
+        folder: the component; None while the data, which the fingerprint is of, is not there, and of a published one.
         run: the folder it is trained in, of an `auto` part.
         config: of that training.
         parts: what that training needs itself.
+        published: where it is, if it has to be imported.
+        node: of the config that names it, by its kind.
+        doubt: what may be wrong with it, and need not be.
     """
 
     kind: str
@@ -51,6 +61,9 @@ class Part:
     run: Path | None = None
     config: Config = field(default_factory=dict)
     parts: "tuple[Part, ...]" = ()
+    published: "Published | None" = None
+    node: str = "part"
+    doubt: str = ""
 
     def is_ready(self) -> bool:
         """Whether the component is there now."""
@@ -63,7 +76,7 @@ def kind_of(part: str) -> str:
 
 
 def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | None) -> list[Part]:
-    """The parts that the run's `part` node names; nothing is trained or written.
+    """The parts that the run's `part` node names, and what it starts with; nothing is trained or written.
 
     Args:
         data_fingerprint: of the contents of the run's data; None where they are not there yet.
@@ -74,21 +87,62 @@ def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | Non
     config = composed.config
     found = []
     for kind, reference in (config.get("part") or {}).items():
+        if reference is not None and kind == config.get("name"):
+            raise UserError(
+                f"part.{kind}={reference}: model={kind} trains its own; take another {kind}=…, or leave it out"
+            )
         if reference == AUTO:
             found.append(_auto_part(conf_dir, composed, kind, data_fingerprint))
         elif reference is not None:
-            folder = find_component(str(reference), kind, Path(config["runs_dir"]))
-            _check_interface(kind, folder, config)
-            found.append(Part(kind, folder))
-    return found
+            part, node = _named(str(reference), kind, Path(config["runs_dir"]))
+            _check_interface(part, str(reference), node, config)
+            found.append(part)
+    start = start_of(config)
+    return found if start is None else [*found, start]
+
+
+def start_of(config: Config) -> Part | None:
+    """What the run's training begins with, if it is said; nothing is written.
+
+    Raises:
+        UserError: there is no such thing, or it does not fit the run's network.
+    """
+    check_lora(config)
+    reference = (config.get("start") or {}).get("network")
+    if reference is None:
+        return None
+    folder = _component(str(reference), Path(config["runs_dir"]))
+    if folder is not None:
+        doubt = check_start(str(reference), *network_of(folder), config)
+        return Part("network", folder, node="start", doubt=doubt)
+    published = _published(f"start.network={reference}", str(reference), "network")
+    if published is None:
+        raise _missing(f"start.network={reference}", str(reference), "a published U-Net")
+    from carrara.published.importing import node_of, trained_with
+
+    doubt = check_start(str(reference), node_of(published, "network"), trained_with(published), config)
+    return Part("network", None, published=published, node="start", doubt=doubt)
+
+
+def imported(parts: list[Part], runs_dir: Path) -> list[Part]:
+    """The same with published ones as components, which are made once."""
+
+    def component(part: Part) -> Part:
+        if part.published is None:
+            return part
+        from carrara.published.importing import import_published
+
+        return replace(part, folder=import_published(part.published, part.kind, runs_dir), published=None)
+
+    return [component(part) for part in parts]
 
 
 def with_parts(config: Config, parts: list[Part]) -> Config:
-    """The run's config with concrete component folders in `part`."""
+    """The run's config with concrete component folders in `part` and `start`."""
     config = deepcopy(config)
     for part in parts:
         if part.folder is not None:
-            config["part"][part.kind] = _portable(part.folder)
+            config[part.node][part.kind] = _portable(part.folder)
     return config
 
 
@@ -122,20 +176,53 @@ def in_order(parts: "list[Part] | tuple[Part, ...]") -> list[Part]:
 
 
 def find_component(reference: str, kind: str, runs_dir: Path) -> Path:
-    """The component folder that a reference names: itself, a run's, or one below `runs_dir/components`.
+    """The component folder that a reference names: itself, a run's, one below `runs_dir/components`, or published.
 
     Raises:
         UserError: there is none, or it is of another kind.
     """
+    part, _ = _named(reference, kind, runs_dir)
+    [part] = imported([part], runs_dir)
+    assert part.folder is not None
+    return part.folder
+
+
+def _named(reference: str, kind: str, runs_dir: Path) -> tuple[Part, Config]:
+    """A part with the node that it is built from; nothing is written."""
+    folder = _component(reference, runs_dir)
+    if folder is not None:
+        config = read_component(folder, kind_of(kind)).config
+        if kind in STAGES and not run_folder.is_run(folder.parent):
+            raise UserError(f"part.{kind}={reference} is a component alone; name its run, which samples it")
+        return Part(kind, folder), config
+    published = _published(f"part.{kind}={reference}", reference, kind)
+    if published is None:
+        raise _missing(f"part.{kind}={reference}", reference, AUTO)
+    from carrara.published.importing import node_of
+
+    return Part(kind, None, published=published), node_of(published, kind)
+
+
+def _component(reference: str, runs_dir: Path) -> Path | None:
     for base in (Path(reference), runs_dir / "components" / reference):
         for folder in (base, run_folder.component_folder(base)):
             if (folder / CARD).is_file():
-                read_component(folder, kind_of(kind))
-                if kind in STAGES and not run_folder.is_run(folder.parent):
-                    raise UserError(f"part.{kind}={reference} is a component alone; name its run, which samples it")
                 return folder
+    return None
+
+
+def _published(key: str, reference: str, kind: str) -> "Published | None":
+    from carrara.published.importing import look_up
+
+    try:
+        return look_up(reference, kind)
+    except UserError as mistake:
+        raise UserError(f"{key}: {str(mistake).removeprefix(f'{reference}: ')}") from None
+
+
+def _missing(key: str, reference: str, other: str) -> UserError:
     wrong = "it has no finished component" if Path(reference).is_dir() else "there is no such folder"
-    raise UserError(f"part.{kind}={reference}: {wrong}; name a component's folder, a finished run, or {AUTO}")
+    return UserError(f"{key}: {wrong}; name a component's folder, a finished run, or {other}")
 
 
 def _auto_part(conf_dir: Path, composed: Composed, kind: str, data_fingerprint: str | None) -> Part:
@@ -190,14 +277,14 @@ def _content_of(part: Part) -> str:
     return str(read_component(part.folder).card["sha256"])
 
 
-def _check_interface(kind: str, folder: Path, config: Mapping[str, Any]) -> None:
-    component, node = read_component(folder, kind).config, config.get(kind) or {}
+def _check_interface(part: Part, reference: str, theirs: Config, config: Mapping[str, Any]) -> None:
+    kind, node, name = part.kind, config.get(part.kind) or {}, part.folder or reference
     for key in _INTERFACE.get(kind, ()):
-        theirs, ours = component.get(key), node.get(key)
-        if theirs is not None and ours is not None and theirs != ours:
+        other, ours = theirs.get(key), node.get(key)
+        if other is not None and ours is not None and other != ours:
             raise UserError(
-                f"part.{kind}={folder} has {key} {theirs}, this run's {kind} has {ours}: "
-                f"pass {kind}.{key}={theirs}, or another part"
+                f"part.{kind}={name} has {key} {other}, this run's {kind} has {ours}: "
+                f"pass {kind}.{key}={other}, or another part"
             )
 
 

@@ -28,7 +28,9 @@ def describe(config: Config, parts: list[Part], data: ShardData | UserError) -> 
     modules, model = meta_modules(config)
     lines = [f"{config['name']} on {config['data']['name']}, size {config.get('size')}: the plan, nothing is started"]
     for part in in_order(parts):
-        lines.append(_row("part", part.kind, _state_of(part)))
+        lines.append(_row(part.node, part.kind, _state_of(part)))
+        if part.doubt:
+            lines.append(_row("", "", part.doubt))
     for name, module in modules.items():
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
@@ -45,6 +47,8 @@ def describe(config: Config, parts: list[Part], data: ShardData | UserError) -> 
 
 
 def _state_of(part: Part) -> str:
+    if part.published is not None:
+        return f"to be imported from {part.published.reference}"
     if part.is_ready():
         return f"found in {part.folder}"
     trainer = part.config["trainer"]

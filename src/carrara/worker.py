@@ -31,11 +31,16 @@ from carrara.callback.vocabulary import LearnVocabularies
 from carrara.config import Config, build, fingerprint
 from carrara.data.module import ShardData
 from carrara.data.workers import workers_explained
+from carrara.model.base import Model
+from carrara.model.diffusion import DiffusionModel
+from carrara.network.unet import UNet
 from carrara.precision import choose_precision
+from carrara.published.adapter import write_adapter
 from carrara.rank import rank_main
 from carrara.report import write_report
 from carrara.run_folder import load_config
 from carrara.score_card import score_card
+from carrara.start import begin
 
 _log = logging.getLogger("carrara.worker")  # by name: this module runs as __main__
 
@@ -57,6 +62,8 @@ def run(folder: Path) -> None:
         for module in model.hot:
             module.compile()  # in place: no prefix in the state dict
     checkpoint = newest_valid(folder / "checkpoints")
+    if checkpoint is None or config["model"].get("lora") is not None:  # a checkpoint has all else
+        begin(config, model)
     position = 0 if checkpoint is None else checkpoint_step(checkpoint) * settings["batch_size"]
     epoch_steps = max(1, (settings["epoch_samples"] or data.num_train) // settings["batch_size"])
     log = JsonLines(folder / "metrics.jsonl", settings["batch_size"], epoch_steps)
@@ -131,6 +138,8 @@ def _callbacks(
         folder / "checkpoints", settings["checkpoint_minutes"], epoch_steps, keep, batch_size, ema
     )
     card = {"fingerprint": fingerprint(config), "data": {"name": data.name, "fingerprint": data.fingerprint}}
+    if "diffusion" in config:
+        card["diffusion"] = {key: config["diffusion"][key] for key in ("schedule", "parameterization")}
 
     def images() -> Iterator[Tensor]:
         batches = data.train_loader(batch_size)
@@ -152,8 +161,15 @@ def _callbacks(
             evaluation,
             card,
             partial(score_card, config, data.validation.fingerprint),
+            partial(_write_adapter, config),
         ),
     ]
+
+
+def _write_adapter(config: Config, model: Model, folder: Path) -> None:
+    """The additions of LoRA to a U-Net by themselves, too."""
+    if isinstance(model, DiffusionModel) and model.lora is not None and isinstance(model.predictor.network, UNet):
+        write_adapter(folder / "adapter", model.predictor.network, config["network"])
 
 
 def _accelerator(setting: str) -> str:

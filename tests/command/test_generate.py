@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from carrara.command.generate import _source
+from carrara.command.generate import _source, main
 from carrara.errors import UserError
 
 
@@ -57,3 +57,8 @@ def test_mistakes_are_named(order, changes, message):
     with pytest.raises(UserError, match=message) as mistake:
         _source(order | paths, 8)
     assert "\n" not in str(mistake.value)
+
+
+def test_a_missing_prompt_is_told():
+    with pytest.raises(UserError, match=r"prompt is missing: .*export=FOLDER"):
+        main(Path(__file__).parents[2] / "conf", ["run=somewhere"])

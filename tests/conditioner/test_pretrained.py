@@ -499,6 +499,15 @@ def test_a_folder_that_is_not_there(name):
     assert f"conditioner.model={name}: there is no such folder, and the hub has no such model" in one_line(name)
 
 
+def test_padding_that_is_read_is_clips_alone(folders):
+    for name in FAMILIES:
+        if name.startswith("clip"):
+            assert Pretrained(str(folders[name]), WIDTH, 24, "max_length")([CAPTION]).mask.shape == (1, 24)
+        else:
+            with pytest.raises(UserError, match=r"conditioner\.padding=max_length is how Stable Diffusion reads CLIP"):
+                Pretrained(str(folders[name]), WIDTH, 24, "max_length")
+
+
 def test_a_model_of_the_hub_is_taken_from_its_cache(folders, tmp_path, monkeypatch):
     """As `hf download` leaves it; there is no network."""
     cache = tmp_path / "models--some--bert"

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Export(Callback):
         evaluation: whose last scores go onto the card.
         card: what else goes onto it: `fingerprint` and `data`.
         score_card: the scores with what they depend on.
+        write_more: writes further files into the component's folder, besides what the model itself writes.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Export(Callback):
         evaluation: Evaluation,
         card: dict[str, Any],
         score_card: Callable[[dict[str, float]], dict[str, Any]],
+        write_more: Callable[[Model, Path], None] | None = None,
     ):
         self.folder = folder
         self.config = config
@@ -46,6 +49,7 @@ class Export(Callback):
         self.evaluation = evaluation
         self.card = card
         self.score_card = score_card
+        self.write_more = write_more
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """A run that was killed after its last step: nothing is left to train, so `on_train_end` never comes."""
@@ -73,5 +77,10 @@ class Export(Callback):
                 self.config,
                 pl_module.exported,
                 card,
-                pl_module.write_exported,
+                partial(self._write_more, pl_module),
             )
+
+    def _write_more(self, model: Model, folder: Path) -> None:
+        model.write_exported(folder)
+        if self.write_more is not None:
+            self.write_more(model, folder)

@@ -13,16 +13,19 @@ from carrara.command_line import quote_free_text, split_flags
 from carrara.config import Config, compose
 from carrara.data.decode import DecodeError, decode_image
 from carrara.errors import UserError
+from carrara.model.diffusion import DiffusionModel
 from carrara.pipeline.base import Pipeline, Watch
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
 from carrara.pipeline.source import Source
 from carrara.pipeline.text_to_image import TextToImage
 from carrara.pipeline.unclip import UnCLIP
 from carrara.precision import default_device
+from carrara.published.export import export_pipeline
 from carrara.run_folder import find_run
 from carrara.sampling import load_weak, set_sampling
 
 NAME = "generate"
+_NO_PROMPT = "prompt is missing: prompt='a caption' or [several,of,them], or export=FOLDER"
 _STRIP_ROWS = 4
 _STRENGTH = 0.75  # with a picture and no mask
 
@@ -40,11 +43,21 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         print((conf_dir / f"{NAME}.yaml").read_text())
         return
     order = compose(conf_dir, NAME, overrides).config
+    if all(order[key] is None for key in ("prompt", "image", "export")):
+        raise UserError(_NO_PROMPT)
     folder = find_run(str(order["run"]), Path(order["runs_dir"]))
     for key in ("count", "num_frames", "batch_size"):
         if not isinstance(order[key], int) or order[key] < 1:
             raise UserError(f"{key} must be a whole number from 1 on, not {order[key]!r}")
     config, model, modules = load_trained(folder)
+    if order["export"] is not None:
+        if not isinstance(model, DiffusionModel):
+            raise UserError(f"export: {folder} trained {config['name']}, and diffusers has no pipeline for it")
+        predictor = model.predictor
+        export_pipeline(Path(order["export"]), config, predictor.network, predictor.conditioner, model.autoencoder)
+        _log.info("%s opens with diffusers.StableDiffusionPipeline.from_pretrained", order["export"])
+        if order["prompt"] is None:
+            return
     set_sampling(config, conf_dir, order)
     device = default_device()
     weak = None if order["weak"] is None else load_weak(str(order["weak"]), config, Path(order["runs_dir"]), device)[0]
@@ -97,7 +110,7 @@ def _job(order: Config, config: Config, pipeline: Pipeline) -> tuple[Pipeline, l
         images = torch.stack([_picture("image", {"image": path}, resolution).float() / 127.5 - 1 for path in paths])
         return pipeline.varying(images, count), [""] * count
     if not prompts:
-        raise UserError("prompt is missing: prompt='a caption', or [several,of,them]")
+        raise UserError(_NO_PROMPT)
     source = _source(order, resolution)
     if source is not None:
         if not isinstance(pipeline, TextToImage):

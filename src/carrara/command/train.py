@@ -81,6 +81,10 @@ def train(job: Job, start: Start) -> None:
     data_fingerprint = build(config["data"]).fingerprint  # one process makes and scans what is missing
     needed = parts.needed_parts(job.conf_dir, composed, data_fingerprint)
     devices = config["trainer"]["devices"]
+    for part in needed:
+        if part.doubt:
+            _log.warning("%s", part.doubt)
+    needed = parts.imported(needed, Path(config["runs_dir"]))
     parts.train_missing(needed, lambda folder: start(folder, devices))
     config = parts.with_parts(config, needed)
     runs_dir = Path(config["runs_dir"])

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,7 +20,7 @@ from carrara.conditioner.base import Conditioner
 from carrara.errors import UserError
 from carrara.network.by_reference import ByReference
 from carrara.network.conditioning import Conditioning
-from carrara.network.hugging_face import EXPORTED, quieten
+from carrara.network.hugging_face import EXPORTED, NotFetched, fetch, quieten, sha256_of
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")  # one of them is enough
@@ -28,6 +28,7 @@ _NEEDED = (
     _CONFIG, _WEIGHTS, _INDEX, "model-*.safetensors", *_TOKENIZERS,
     "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
+_TEXT_ENCODER, _TOKENIZER = "text_encoder", "tokenizer"  # folders of a pipeline in the layout of `diffusers`
 _PROBES = ("A photo of 2 cats, Ünïcode\N{GRINNING FACE} & the\tsame again!", "z" * 40)
 _SHORTEST = 3  # tokens: a start, a word and an end
 _SETTINGS = {  # whatever the model's own config says
@@ -35,8 +36,6 @@ _SETTINGS = {  # whatever the model's own config says
     "use_cache": False,  # of GPT-2: no text is generated
     "return_dict": True,
 }
-
-_log = logging.getLogger(__name__)
 
 
 class Pretrained(Conditioner):
@@ -51,60 +50,87 @@ class Pretrained(Conditioner):
     - T5's encoder (Raffel et al. 2020) the mean over real tokens;
     - CLIP's text tower (Radford et al. 2021) the vector of the end token, before the projection.
 
-    Captions are padded to the longest of the batch, and padding is masked, here and in the network. Stable Diffusion 1
-    feeds all 77 tokens of CLIP instead, padding included, so its weights would not fit.
+    Captions are padded to the longest of the batch, and padding is masked, here and in the network. Stable Diffusion
+    has learnt to read all 77 tokens of CLIP instead, padding included: `padding="max_length"`.
 
     The weights are neither trained nor saved: checkpoints and components hold their SHA-256 (`ByReference`). It is
     taken over the file, so it is the one that the hub shows and `sha256sum` prints, and no version of a library changes
     it; of a model in several files, over their SHA-256s. The same weights written anew may be refused.
 
     Args:
-        model: a name on the Hugging Face hub, a folder in the layout of `transformers`, or that of a run or component
-            of `model=language_model`, which has one in it.
+        model: a name on the Hugging Face hub or a folder, in the layout of `transformers`, or in that of `diffusers`
+            with the text encoder and its tokenizer in folders of their own; or a run or component of
+            `model=language_model`, which has one in it.
         width: see `Conditioner`; the encoder's.
         max_length: most tokens of a caption, start and end included; the end is kept.
+        padding: "longest" of the batch, masked; or, of CLIP, "max_length", not masked.
 
     Raises:
         UserError: no such model, or none of these families, weights that are not safetensors, no tokenizer, or
             settings that do not fit the model.
     """
 
-    def __init__(self, model: str, width: int, max_length: int):
+    def __init__(self, model: str, width: int, max_length: int, padding: str = "longest"):
         super().__init__(width)
         self.max_length = max_length
+        self.padding = padding
         on_meta = torch.get_default_device().type == "meta"  # shapes only: no weights are read
         quieten()
-        folder = _local(model, [_CONFIG] if on_meta else list(_NEEDED))
+        folder, tokenizer = _local(model, (_CONFIG,) if on_meta else _NEEDED)
         self._family, config = _read_config(model, folder)
         _check_settings(model, config, width, max_length)
+        _check_padding(padding, self._family)
         if Path(model).is_dir() or not on_meta:
-            _check_files(model, folder)
+            _check_files(model, folder, tokenizer)
         if on_meta:
             self.encoder = ByReference(self._family.build(config), model, sha256="")
             return
-        self._tokenizer = _read_tokenizer(model, folder)
+        self._tokenizer = _read_tokenizer(model, tokenizer)
         _check_tokenizer(model, self._tokenizer, self._family, config)
-        self.encoder = ByReference(_read_weights(model, folder, self._family, config), model, _sha256(folder))
+        files = [folder / name for name in _weight_files(folder)]
+        self.encoder = ByReference(_read_weights(model, folder, self._family, config), model, sha256_of(files))
 
     def facts(self) -> dict[str, str | int | None]:
         """What its answer depends on: the weights, the longest caption, and the tokenizer by some of its answers."""
         ids, _ = self.tokenize(["", *_PROBES])
         tokenizer = hashlib.sha256(json.dumps(ids.tolist()).encode()).hexdigest()
-        return {"encoder": self.encoder.sha256, "max_length": self.max_length, "tokenizer": tokenizer}
+        return {
+            "encoder": self.encoder.sha256,
+            "max_length": self.max_length,
+            "padding": self.padding,
+            "tokenizer": tokenizer,
+        }
+
+    @property
+    def is_clip(self) -> bool:
+        return self._family is _CLIP
+
+    def save(self, text_encoder: Path, tokenizer: Path) -> str:
+        """Writes both into folders as `transformers` does; the name of the tokenizer's class."""
+        model: Any = self.encoder.module
+        model.save_pretrained(text_encoder)
+        self._tokenizer.model_max_length = self.max_length
+        self._tokenizer.save_pretrained(tokenizer)
+        return type(self._tokenizer).__name__
 
     def forward(self, captions: list[str]) -> Conditioning:
         """B captions -> tokens (B, L, D) float32, their mask, and pooled vectors (B, D)."""
-        ids, mask = self.tokenize(captions)
+        ids, real = self.tokenize(captions)
         device = next(self.encoder.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
+        ids, real = ids.to(device), real.to(device)
+        mask = real if self.padding == "longest" else torch.ones_like(real)
         tokens = self.encoder(ids, attention_mask=mask.long()).last_hidden_state.float()
-        return Conditioning(tokens, mask, self._family.pool(tokens, mask))
+        return Conditioning(tokens, mask, self._family.pool(tokens, real))
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """ids (B, L) int64 and mask (B, L) bool, on the CPU, padded to the longest caption of the batch."""
+        """ids (B, L) int64 and where they are real (B, L) bool, on the CPU, padded as `padding` says."""
         rows = [torch.tensor(row) for row in self._family.encode(self._tokenizer, list(captions), self.max_length)]
-        mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
-        return pad_sequence(rows, batch_first=True, padding_value=_padding_id(self._tokenizer)), mask
+        real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+        ids = pad_sequence(rows, batch_first=True, padding_value=_padding_id(self._tokenizer))
+        if self.padding == "longest":
+            return ids, real
+        extra = (0, self.max_length - ids.shape[1])
+        return F.pad(ids, extra, value=_padding_id(self._tokenizer)), F.pad(real, extra)
 
 
 # --- families ---
@@ -170,28 +196,28 @@ _FAMILIES = {
 # --- the folder ---
 
 
-def _local(model: str, patterns: list[str]) -> Path:
-    """The model's folder: itself, one in it, or its copy in the hub's cache, with what is missing there downloaded."""
+def _local(model: str, needed: Sequence[str]) -> tuple[Path, Path]:
+    """The folders of the model and of its tokenizer: itself, some in it, or its copy in the hub's cache.
+
+    Args:
+        needed: patterns of file names, which are downloaded if they are missing in the cache.
+    """
     if Path(model).is_dir():
         inner = (Path(model) / name for name in (EXPORTED, f"component/{EXPORTED}"))
-        return next((folder for folder in inner if folder.is_dir()), Path(model))
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
+        return _of_pipeline(next((folder for folder in inner if folder.is_dir()), Path(model)))
+    of_pipeline = [f"{folder}/{name}" for folder in (_TEXT_ENCODER, _TOKENIZER) for name in needed]
     try:
-        if not any(isinstance(try_to_load_from_cache(model, name), str) for name in (_WEIGHTS, _INDEX)):
-            _log.info("looking for the text encoder %s on the Hugging Face hub", model)
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except GatedRepoError:
-        problem = "the hub wants to know who reads it: accept its terms there and log in with `hf auth login`"
-    except (RepositoryNotFoundError, HFValidationError):
-        problem = "there is no such folder, and the hub has no such model: name one of them"
-    except OSError:
-        problem = (
-            "there is no such folder, and the hub's model is not on this machine and cannot be fetched: download it "
-            f"once with `hf download {model}`, or name a local folder"
-        )
-    raise _mistake(model, problem)
+        return _of_pipeline(fetch(model, [*needed, *of_pipeline]))
+    except NotFetched as problem:
+        raise _mistake(model, str(problem)) from None
+
+
+def _of_pipeline(folder: Path) -> tuple[Path, Path]:
+    """The two folders in that of a pipeline, or twice the model's own."""
+    if folder.name == _TEXT_ENCODER and (folder.parent / _TOKENIZER).is_dir():
+        folder = folder.parent
+    inner = folder / _TEXT_ENCODER
+    return (inner, folder / _TOKENIZER) if inner.is_dir() else (folder, folder)
 
 
 def _read_config(model: str, folder: Path) -> tuple[_Family, Any]:
@@ -213,7 +239,14 @@ def _check_settings(model: str, config: Any, width: int, max_length: int) -> Non
         raise UserError(f"conditioner.max_length={max_length}, but {model} takes captions of {there} tokens")
 
 
-def _check_files(model: str, folder: Path) -> None:
+def _check_padding(padding: str, family: "_Family") -> None:
+    if padding not in ("longest", "max_length"):
+        raise UserError(f"conditioner.padding={padding} is not known; it is longest or max_length")
+    if padding == "max_length" and family is not _CLIP:
+        raise UserError("conditioner.padding=max_length is how Stable Diffusion reads CLIP: take longest")
+
+
+def _check_files(model: str, folder: Path, tokenizer: Path) -> None:
     with _reading(model, _INDEX):
         missing = [name for name in _weight_files(folder) if not (folder / name).is_file()]
     if missing:
@@ -222,7 +255,7 @@ def _check_files(model: str, folder: Path) -> None:
             f"it has no {missing[0]}; pickled weights are not read, since they can run code: "
             "take a model with safetensors, or convert it with save_pretrained",
         )
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not any((tokenizer / name).is_file() for name in _TOKENIZERS):
         raise _mistake(
             model, f"it has no tokenizer ({' or '.join(_TOKENIZERS)}): save that of the model in the same folder"
         )
@@ -233,14 +266,6 @@ def _weight_files(folder: Path) -> list[str]:
     if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
         return [_WEIGHTS]
     return sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-
-
-def _sha256(folder: Path) -> str:
-    digests = []
-    for name in _weight_files(folder):
-        with (folder / name).open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _read_tokenizer(model: str, folder: Path) -> Any:

@@ -7,10 +7,13 @@ from torch import Tensor, nn
 from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.diffusion.objective import Objective
+from carrara.errors import UserError
 from carrara.model.base import OptimizerFactory
+from carrara.model.conditioned import Conditioned
 from carrara.model.denoising import DenoisingModel
 from carrara.network.caption_mean import CaptionMean
 from carrara.network.conditioning import Conditioning
+from carrara.network.lora import add_lora, load_base, merged
 
 
 class DiffusionModel(DenoisingModel):
@@ -23,6 +26,7 @@ class DiffusionModel(DenoisingModel):
         autoencoder: frozen.
         caption_mean_weight: of that error; 0 builds no `CaptionMean`.
         network, conditioner, objective, caption_dropout, stratified: see `DenoisingModel`.
+        lora: `rank`, `alpha` and `targets` of `add_lora`: additions to the network, which are all that is trained then.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -42,15 +46,42 @@ class DiffusionModel(DenoisingModel):
         cooldown: float,
         max_steps: int,
         seed: int,
+        lora: dict[str, Any] | None = None,
     ):
+        if lora is not None:
+            if caption_mean_weight:
+                raise ValueError(
+                    "model.caption_mean_weight must be 0 with model.lora, which leaves captions as they are"
+                )
+            conditioner.requires_grad_(False)
+            add_lora(network, **lora)
         super().__init__(
             network, conditioner, objective, caption_dropout, stratified,
             optimizer, warmup_steps, cooldown, max_steps, seed,
         )  # fmt: skip
+        self.lora = lora
+        self.base = ""  # SHA-256 of the weights it begins with
         autoencoder.requires_grad_(False)
         self.autoencoder = autoencoder.eval()
         self.caption_mean_weight = caption_mean_weight
         self.caption_mean = CaptionMean(autoencoder.latent_channels, conditioner.width) if caption_mean_weight else None
+
+    @property
+    def exported(self) -> nn.Module:
+        if self.lora is None:
+            return super().exported
+        return Conditioned(merged(self.predictor.network), self.predictor.conditioner)
+
+    def begin_with(self, network: dict[str, Tensor], conditioner: dict[str, Tensor] | None, sha256: str) -> None:
+        """Takes trained weights to begin with, of the network and perhaps of the conditioner.
+
+        Args:
+            sha256: of the file they come from.
+        """
+        load_base(self.predictor.network, network)
+        if conditioner is not None:
+            self.predictor.conditioner.load_state_dict(conditioner)
+        self.base = sha256
 
     def clean(self, batch: dict[str, Any]) -> Tensor:
         return self.latents(batch, self.autoencoder)
@@ -59,3 +90,16 @@ class DiffusionModel(DenoisingModel):
         if self.caption_mean is None:
             return super().beside(denoising, conditioning, x0)
         return self.caption_mean.beside(denoising, self.caption_mean_weight, conditioning, x0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.lora is not None:  # what they were added to is not in it
+            checkpoint["base"] = self.base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora is not None and checkpoint["base"] != self.base:
+            raise UserError(
+                f"the additions of model.lora were trained on other weights (SHA-256 {checkpoint['base'][:12]}…) than "
+                f"those that start.network names ({self.base[:12]}…): put them back"
+            )
+        super().on_load_checkpoint(checkpoint)

@@ -1,7 +1,8 @@
 """The noise predictor of latent and pixel diffusion: a U-Net with attention over its own pixels and the text.
 
 Ho et al. 2020 (residual blocks, time embedding), Rombach et al. 2022 (transformer blocks with cross-attention).
-With channels [320, 640, 1280, 1280], attention [true, true, true, false] and 8 heads it is Stable Diffusion 1's.
+With channels [320, 640, 1280, 1280], attention [true, true, true, false] and 8 heads it is Stable Diffusion 1's
+(`carrara.published` reads its weights).
 """
 
 import torch
@@ -99,7 +100,7 @@ class UNet(nn.Module):
         attention: whether each level has transformers.
         num_blocks: residual blocks a level on the way down (one more on the way up).
         depth: transformer blocks in each spatial transformer.
-        heads: attention heads.
+        heads: attention heads, of all levels or of each (Stable Diffusion 2: [5, 10, 20, 20], heads of one size).
         expansion: hidden width of the feed-forward layers, in widths of the level (Stable Diffusion: 4).
         context_width: features of the conditioning's tokens.
         pooled_width: features of the conditioning's pooled vector, added to the time embedding; 0 ignores it.
@@ -117,7 +118,7 @@ class UNet(nn.Module):
         attention: list[bool],
         num_blocks: int,
         depth: int,
-        heads: int,
+        heads: int | list[int],
         expansion: int,
         context_width: int,
         pooled_width: int,
@@ -129,6 +130,9 @@ class UNet(nn.Module):
         super().__init__()
         if len(channels) != len(attention):
             raise ValueError(f"network.channels has {len(channels)} levels, network.attention {len(attention)}")
+        heads = [heads] * len(channels) if isinstance(heads, int) else heads
+        if len(heads) != len(channels):
+            raise ValueError(f"network.heads={heads} is of {len(heads)} levels, network.channels has {len(channels)}")
         if resolution % 2 ** (len(channels) - 1):
             raise ValueError(f"a resolution of {resolution} cannot be halved {len(channels) - 1} times")
         self.in_channels = in_channels
@@ -150,7 +154,7 @@ class UNet(nn.Module):
             if not attend:
                 return Stage(residual, None)
             return Stage(
-                residual, SpatialTransformer(c_out, heads, context_width, depth, expansion, qk_norm, positions)
+                residual, SpatialTransformer(c_out, heads[level], context_width, depth, expansion, qk_norm, positions)
             )
 
         self.conv_in = nn.Conv2d(in_channels + picture_channels, channels[0], 3, padding=1)

@@ -1,0 +1,1 @@
+"""Weights that others have published in the layout of `diffusers`, to and from our own parts."""
