@@ -1,5 +1,6 @@
 """Weights that a training begins with, whole or with additions."""
 
+import json
 import logging
 from copy import deepcopy
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO
+from carrara.command.train import main
 from carrara.component import save_component
 from carrara.conditioner.text import Text
 from carrara.config import Composed, build
@@ -20,6 +22,7 @@ from carrara.start import begin
 from tests.published.pipelines import save_pipeline
 from tests.tiny import awake, batches, diffusion_model, equal, train_tokenizers, trainer, weights
 
+CONF = Path(__file__).parents[1] / "conf"
 NETWORK: dict[str, Any] = {
     "_target_": "carrara.network.unet.UNet",
     "in_channels": 3,
@@ -232,3 +235,38 @@ def test_additions_need_a_trained_conditioner(trained):
 def test_additions_leave_captions_as_they_are(trained):
     with pytest.raises(ValueError, match=r"model\.caption_mean_weight must be 0 with model\.lora"):
         model_of(config(trained[0], LORA), caption_mean_weight=1.0)
+
+
+# --- at full size ---
+
+
+def test_stable_diffusion_is_planned_with_before_any_weights_are_read(tmp_path, monkeypatch, capsys):
+    """The settings of Stable Diffusion 1.5 as they are published, and no weights at all."""
+    monkeypatch.chdir(tmp_path)
+    published = tmp_path / "sd"
+    unet = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}
+    four = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, **four}
+    text = {"model_type": "clip_text_model", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    for name, content in {
+        "model_index.json": {},
+        "unet/config.json": unet,
+        "vae/config.json": vae,
+        "text_encoder/config.json": text,
+        "text_encoder/model.safetensors": {},
+        "tokenizer/vocab.json": {},
+        "scheduler/scheduler_config.json": schedule,
+    }.items():
+        (published / name).parent.mkdir(parents=True, exist_ok=True)
+        (published / name).write_text(json.dumps(content))
+    user = ["model=latent_unet", "data=laion", "autoencoder=pretrained", "conditioner=clip", "network=stable_diffusion_1"]
+    here = [f"part.autoencoder={published}", f"conditioner.model={published}", f"start.network={published}"]
+    main(CONF, [*user, *here, "part.evaluator=null", "dry_run=true"])
+    plan = capsys.readouterr().out
+    assert "network        859,520,964 trained" in plan and "autoencoder    83,653,863 frozen" in plan
+    assert f"start       network        to be imported from {published}" in plan
+    assert "was trained with ScaledLinear" in plan and "diffusion=stable_diffusion" in plan
+    assert not (tmp_path / "runs").exists()
+    main(CONF, [*user, *here, "part.evaluator=null", "diffusion=stable_diffusion", "dry_run=true"])
+    assert "was trained with" not in capsys.readouterr().out

@@ -72,6 +72,7 @@ def make(write_shard, sample, parts, tmp_path, monkeypatch):
                 f"conditioner.model={parts}/clip",
                 f"conditioner.width={WIDTH}",
                 "conditioner.max_length=16",
+                "conditioner.padding=longest",
             ]
         shards.main(CONF, [*given, *overrides])
         return tmp_path / "cached"
