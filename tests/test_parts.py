@@ -75,6 +75,16 @@ def test_a_part_of_another_width_is_refused(run, key, number):
         needed_parts(Path(), composed(str(run), **{key: number}), None)
 
 
+def test_a_part_with_another_number_of_codes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = compose(CONF, "train", ["model=dalle", "size.autoencoder.channels=[16,16]", "size=demo"]).config
+    node, folder = config["autoencoder"], Path("runs/components/vq")
+    save_component(folder, "autoencoder", node, build(node), {"fingerprint": "", "data": {}, "scores": {}})
+    config |= {"part": {"autoencoder": str(folder)}, "autoencoder": {**node, "num_codes": 99}}
+    with pytest.raises(UserError, match=f"has num_codes {node['num_codes']}, this run's autoencoder has 99"):
+        needed_parts(CONF, Composed(config, {}), None)
+
+
 CONF = Path(__file__).parents[1] / "conf"
 READS_ONE = ["model=pixel_unet", "conditioner=language_model", "part.evaluator=null", "data=laion", "size=demo"]
 

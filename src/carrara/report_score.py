@@ -89,6 +89,14 @@ SCORES: dict[str, Score] = {
         better="higher",
     ),
     "accuracy": _share("Accuracy", "How often the classifier names a picture's label."),
+    "bits_per_token/image": Score(
+        "Bits per image token",
+        "How many yes-or-no questions about a token are open, once the caption and the tokens before it are known.",
+        better="lower",
+    ),
+    "bits_per_token/image_unigram": Score(
+        "Bits per image token, unigram", "The same on the same tokens by counting them alone.", better="lower"
+    ),
     "perplexity": Score(
         "Perplexity",
         "How many equally likely tokens the language model would have to choose from, on average.",
