@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from carrara.config import build
 from carrara.diffusion.guidance import Guidance
 from carrara.diffusion.sampler import Ancestral
 from carrara.errors import UserError
-from carrara.pipeline.text_to_image import Sampling, TextToImage
+from carrara.pipeline.denoising import Sampling
+from carrara.pipeline.text_to_image import TextToImage
 from carrara.published.export import export_pipeline
 from tests import tiny
 from tests.published.pipelines import LENGTH, WIDTH, lively, text_encoder, tokenizer
@@ -98,16 +100,17 @@ def test_the_same_noise_becomes_the_same_picture(parts, tmp_path, scale, diffusi
     theirs.set_progress_bar_config(disable=True)
     assert isinstance(theirs.scheduler, DDIMScheduler) and theirs.tokenizer.model_max_length == LENGTH
     objective = build_objective(config)
-    pipeline = TextToImage(network, conditioner, autoencoder, objective, 16)
+    model = tiny.diffusion_model(autoencoder, network=network, conditioner=conditioner, objective=objective)
     sampling = Sampling(Ancestral(eta=0.0), objective.schedule.times(8), Guidance(scale))
-    ours = pipeline(CAPTIONS, range(2), 0, sampling)
-    noise = start(pipeline, sampling)
+    pipeline = TextToImage(model.eval(), 16, sampling)
+    ours = pipeline(CAPTIONS, range(2), 0)
+    noise = start(pipeline)
     pictures = theirs(CAPTIONS, num_inference_steps=8, guidance_scale=scale, latents=noise, output_type="pt").images
     assert pictures.std() > 0.05  # not all at the clamps
     assert (pictures * 2 - 1 - ours).abs().max() < 1e-3
 
 
-def start(pipeline: TextToImage, sampling: Sampling) -> torch.Tensor:
+def start(pipeline: TextToImage) -> torch.Tensor:
     """What our sampler starts from."""
     seen: list[torch.Tensor] = []
 
@@ -116,7 +119,8 @@ def start(pipeline: TextToImage, sampling: Sampling) -> torch.Tensor:
             seen.append(x)
             return x
 
-    pipeline(CAPTIONS, range(2), 0, Sampling(Seen(), sampling.times, sampling.guidance))
+    how = replace(pipeline.sampling, sampler=Seen())
+    replace(pipeline, sampling=how)(CAPTIONS, range(2), 0)
     return seen[0]
 
 
