@@ -259,7 +259,13 @@ def test_stable_diffusion_is_planned_with_before_any_weights_are_read(tmp_path, 
     }.items():
         (published / name).parent.mkdir(parents=True, exist_ok=True)
         (published / name).write_text(json.dumps(content))
-    user = ["model=latent_unet", "data=laion", "autoencoder=pretrained", "conditioner=clip", "network=stable_diffusion_1"]
+    user = [
+        "model=latent_unet",
+        "data=laion",
+        "autoencoder=pretrained",
+        "conditioner=clip",
+        "network=stable_diffusion_1",
+    ]
     here = [f"part.autoencoder={published}", f"conditioner.model={published}", f"start.network={published}"]
     main(CONF, [*user, *here, "part.evaluator=null", "dry_run=true"])
     plan = capsys.readouterr().out
