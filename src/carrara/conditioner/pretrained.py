@@ -5,8 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from carrara.conditioner.base import Conditioner
+from carrara.conditioner.pretrained_folder import CONFIG, NEEDED, check_files, local, mistake, reading, weight_files
 from carrara.errors import UserError
 from carrara.network.by_reference import ByReference
 from carrara.network.conditioning import Conditioning
-from carrara.network.hugging_face import EXPORTED, NotFetched, fetch, quieten, sha256_of
+from carrara.network.hugging_face import quieten, sha256_of
 
-_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")  # one of them is enough
-_NEEDED = (
-    _CONFIG, _WEIGHTS, _INDEX, "model-*.safetensors", *_TOKENIZERS,
-    "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
-_TEXT_ENCODER, _TOKENIZER = "text_encoder", "tokenizer"  # folders of a pipeline in the layout of `diffusers`
 _PROBES = ("A photo of 2 cats, Ünïcode\N{GRINNING FACE} & the\tsame again!", "z" * 40)
 _SHORTEST = 3  # tokens: a start, a word and an end
 _SETTINGS = {  # whatever the model's own config says
@@ -76,18 +69,18 @@ class Pretrained(Conditioner):
         self.padding = padding
         on_meta = torch.get_default_device().type == "meta"  # shapes only: no weights are read
         quieten()
-        folder, tokenizer = _local(model, (_CONFIG,) if on_meta else _NEEDED)
+        folder, tokenizer = local(model, (CONFIG,) if on_meta else NEEDED)
         self._family, config = _read_config(model, folder)
         _check_settings(model, config, width, max_length)
         _check_padding(padding, self._family)
         if Path(model).is_dir() or not on_meta:
-            _check_files(model, folder, tokenizer)
+            check_files(model, folder, tokenizer)
         if on_meta:
             self.encoder = ByReference(self._family.build(config), model, sha256="")
             return
         self._tokenizer = _read_tokenizer(model, tokenizer)
         _check_tokenizer(model, self._tokenizer, self._family, config)
-        files = [folder / name for name in _weight_files(folder)]
+        files = [folder / name for name in weight_files(folder)]
         self.encoder = ByReference(_read_weights(model, folder, self._family, config), model, sha256_of(files))
 
     def facts(self) -> dict[str, str | int | None]:
@@ -193,40 +186,16 @@ _FAMILIES = {
 }
 
 
-# --- the folder ---
-
-
-def _local(model: str, needed: Sequence[str]) -> tuple[Path, Path]:
-    """The folders of the model and of its tokenizer: itself, some in it, or its copy in the hub's cache.
-
-    Args:
-        needed: patterns of file names, which are downloaded if they are missing in the cache.
-    """
-    if Path(model).is_dir():
-        inner = (Path(model) / name for name in (EXPORTED, f"component/{EXPORTED}"))
-        return _of_pipeline(next((folder for folder in inner if folder.is_dir()), Path(model)))
-    of_pipeline = [f"{folder}/{name}" for folder in (_TEXT_ENCODER, _TOKENIZER) for name in needed]
-    try:
-        return _of_pipeline(fetch(model, [*needed, *of_pipeline]))
-    except NotFetched as problem:
-        raise _mistake(model, str(problem)) from None
-
-
-def _of_pipeline(folder: Path) -> tuple[Path, Path]:
-    """The two folders in that of a pipeline, or twice the model's own."""
-    if folder.name == _TEXT_ENCODER and (folder.parent / _TOKENIZER).is_dir():
-        folder = folder.parent
-    inner = folder / _TEXT_ENCODER
-    return (inner, folder / _TOKENIZER) if inner.is_dir() else (folder, folder)
+# --- its parts ---
 
 
 def _read_config(model: str, folder: Path) -> tuple[_Family, Any]:
-    with _reading(model, _CONFIG):
-        model_type = json.loads((folder / _CONFIG).read_text(encoding="utf-8")).get("model_type")
+    with reading(model, CONFIG):
+        model_type = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
         family = _FAMILIES.get(model_type)
         if family is None:
             known = ", ".join(_FAMILIES)
-            raise _mistake(model, f"a model of type {model_type} is none of the text encoders known here: {known}")
+            raise mistake(model, f"a model of type {model_type} is none of the text encoders known here: {known}")
         return family, family.model_class.config_class.from_pretrained(folder, **_SETTINGS)
 
 
@@ -246,41 +215,19 @@ def _check_padding(padding: str, family: "_Family") -> None:
         raise UserError("conditioner.padding=max_length is how Stable Diffusion reads CLIP: take longest")
 
 
-def _check_files(model: str, folder: Path, tokenizer: Path) -> None:
-    with _reading(model, _INDEX):
-        missing = [name for name in _weight_files(folder) if not (folder / name).is_file()]
-    if missing:
-        raise _mistake(
-            model,
-            f"it has no {missing[0]}; pickled weights are not read, since they can run code: "
-            "take a model with safetensors, or convert it with save_pretrained",
-        )
-    if not any((tokenizer / name).is_file() for name in _TOKENIZERS):
-        raise _mistake(
-            model, f"it has no tokenizer ({' or '.join(_TOKENIZERS)}): save that of the model in the same folder"
-        )
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold the weights, whether they are there or not."""
-    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
-        return [_WEIGHTS]
-    return sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-
-
 def _read_tokenizer(model: str, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    with _reading(model, "its tokenizer"):
+    with reading(model, "its tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _check_tokenizer(model: str, tokenizer: Any, family: _Family, config: Any) -> None:
     empty = family.encode(tokenizer, [""], _SHORTEST)[0]
     if not empty or None in empty:
-        raise _mistake(model, "its tokenizer adds no start or end token, so the empty caption would have no token")
+        raise mistake(model, "its tokenizer adds no start or end token, so the empty caption would have no token")
     if max(tokenizer.get_vocab().values()) >= config.vocab_size:
-        raise _mistake(model, f"its tokenizer has more than the model's {config.vocab_size} tokens: it is of another")
+        raise mistake(model, f"its tokenizer has more than the model's {config.vocab_size} tokens: it is of another")
 
 
 def _padding_id(tokenizer: Any) -> int:
@@ -289,7 +236,7 @@ def _padding_id(tokenizer: Any) -> int:
 
 
 def _read_weights(model: str, folder: Path, family: _Family, config: Any) -> nn.Module:
-    with _reading(model, "its weights"):
+    with reading(model, "its weights"):
         encoder, found = family.model_class.from_pretrained(
             folder,
             config=config,
@@ -301,20 +248,5 @@ def _read_weights(model: str, folder: Path, family: _Family, config: Any) -> nn.
         )
         missing = sorted(found["missing_keys"])  # transformers draws them at random
         if missing:
-            raise _mistake(model, f"{len(missing)} of its weights are missing, such as {missing[0]}: fetch it again")
+            raise mistake(model, f"{len(missing)} of its weights are missing, such as {missing[0]}: fetch it again")
         return encoder
-
-
-@contextmanager
-def _reading(model: str, what: str) -> Iterator[None]:
-    """Whatever is wrong with a file of somebody else's: `transformers` has no exception of its own for it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise _mistake(model, f"{what} cannot be read ({' '.join(str(error).split())[:200]})") from error
-
-
-def _mistake(model: str, problem: str) -> UserError:
-    return UserError(f"conditioner.model={model}: {problem}")
