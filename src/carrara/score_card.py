@@ -28,6 +28,8 @@ def score_card(
     sampling = None
     if diffusion is not None:
         sampling = {key: diffusion[key] for key in SAMPLING} | {"weak": weak, "likelihood_steps": likelihood_steps}
+    if "corruption" in config:
+        sampling = {"corruption": config["corruption"]}
     if "pipeline" in config:
         sampling = (sampling or {}) | {"pipeline": config["pipeline"]}
     counts = {name: int(value) for name, value in scores.items() if name.endswith(("/num_images", "/num_captions"))}

@@ -146,6 +146,8 @@ def _check_modules(config: Config) -> None:
         doubt = doubtful_start(objective, build_sampling(config, autoencoder))
         if doubt is not None:
             _log.warning("%s", doubt)
+    if "corruption" in config:
+        build(config["corruption"])
     if "pipeline" in config:
         build_pipeline(config, modules)(model)
     check_fit(config, modules)
