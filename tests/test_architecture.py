@@ -45,6 +45,7 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
         "latent_dit",
         "pixel_unet",
         "pixel_dit",
+        "pixel_flow",
         "autoencoder",
         "evaluator",
         "classifier",

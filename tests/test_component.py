@@ -19,6 +19,7 @@ KL_NODE = {
     "channels": [8, 8],
     "num_blocks": 1,
     "patch": 1,
+    "kl_weight": 1e-6,
 }
 TEXT_NODE = {
     "_target_": "carrara.conditioner.text.Text",

@@ -211,7 +211,7 @@ def test_build_says_what_a_constructor_says():
         "channels": [8, 8],
     }
     with pytest.raises(UserError, match=r"autoencoder\.downsampling=8"):
-        build({**node, "num_blocks": 1, "patch": 1})
+        build({**node, "num_blocks": 1, "patch": 1, "kl_weight": 0.0})
     with pytest.raises(TypeError, match="widths"):
         build({**node, "widths": 1})
 

@@ -15,6 +15,7 @@ NODE = {
     "channels": [8, 8],
     "num_blocks": 1,
     "patch": 1,
+    "kl_weight": 1e-6,
 }
 
 
@@ -137,7 +138,7 @@ def test_parts_of_parts_are_trained_before_them(tmp_path):
         (folder / "component").mkdir()
         (folder / "component" / "card.json").write_text(json.dumps({"kind": folder.name}))
 
-    assert list(in_order([outer, inner])) == [inner, outer, inner]
+    assert in_order([outer, inner]) == [inner, outer]
     train_missing([outer, inner], train)
     assert trained == ["evaluator", "autoencoder"]
     train_missing([outer, inner], train)
@@ -148,3 +149,33 @@ def test_a_part_that_exports_nothing_is_told(tmp_path):
     part = Part("evaluator", tmp_path / "e" / "component", tmp_path / "e")
     with pytest.raises(UserError, match="was trained and not exported"):
         train_missing([part], lambda folder: None)
+
+
+def test_a_stage_is_a_whole_run(tmp_path, monkeypatch):
+    """A component alone does not say how its pictures are sampled."""
+    monkeypatch.chdir(tmp_path)
+    node = {
+        "_target_": "carrara.model.conditioned.Conditioned",
+        "network": {"_target_": "carrara.network.caption_mean.CaptionMean", "channels": 3, "context_width": 4},
+        "conditioner": {"_target_": "carrara.conditioner.text.Unconditional", "width": 4},
+    }
+    folder = Path("runs/small")
+    save_component(
+        folder / "component", "noise_predictor", node, build(node), {"fingerprint": "", "data": {}, "scores": {}}
+    )
+    with pytest.raises(UserError, match=r"part\.small_pictures=runs/small is a component alone; name its run"):
+        find_component("runs/small", "small_pictures", Path("runs"))
+    (folder / "config.yaml").write_text("{name: small_pictures}")
+    for reference in ("runs/small", "runs/small/component"):
+        assert find_component(reference, "small_pictures", Path("runs")) == folder / "component"
+
+
+def test_all_stages_read_captions_in_the_same_way():
+    composed = compose(CONF, "train", ["model=imagen", "conditioner=text", "conditioner.depth=2"])
+    [stage] = [part for part in needed_parts(CONF, composed, "data") if part.kind == "small_pictures"]
+    assert stage.config["conditioner"] == composed.config["conditioner"]
+    assert stage.config["name"] == "small_pictures" and "language_model" not in stage.config["part"]
+    composed = compose(CONF, "train", ["model=imagen", "language_model=causal"])
+    [stage] = [part for part in needed_parts(CONF, composed, "data") if part.kind == "small_pictures"]
+    [read] = [part for part in stage.parts if part.kind == "language_model"]
+    assert read.config["language_model"]["objective"] == "causal"

@@ -35,10 +35,12 @@ from carrara.model.autoencoder import AutoencoderModel
 from carrara.model.classifier import ClassifierModel
 from carrara.model.diffusion import DiffusionModel
 from carrara.model.evaluator import EvaluatorModel
+from carrara.model.flow import FlowModel
 from carrara.model.language_model import LanguageModelModel
 from carrara.model.optimizer import Muon, sgd
 from carrara.model.restoration import RestorationModel
 from carrara.network.dit import DiT
+from carrara.network.tarflow import TarFlow
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
 from carrara.pipeline.denoising import Sampling
@@ -133,6 +135,21 @@ def dit(**changes: Any) -> DiT:
     return DiT(**settings | changes)
 
 
+def tarflow(**changes: Any) -> TarFlow:
+    settings: dict[str, Any] = {
+        "in_channels": 3,
+        "patch": 2,
+        "width": 16,
+        "num_blocks": 2,
+        "depth": 1,
+        "heads": 2,
+        "expansion": 2.667,
+        "context_width": 8,
+        "pooled_width": 8,
+    }
+    return TarFlow(**settings | changes)
+
+
 def text() -> Text:
     conditioner = Text(vocab_size=300, max_length=12, width=8, depth=1, heads=2)
     train_tokenizers(conditioner)
@@ -146,6 +163,7 @@ def kl(**changes: Any) -> KL:
         "channels": [8, 16],
         "num_blocks": 1,
         "patch": 2,
+        "kl_weight": 1e-3,
     }
     return KL(**settings | changes)
 
@@ -199,10 +217,26 @@ def diffusion_model(autoencoder: Autoencoder | None = None, **changes: Any) -> D
     return DiffusionModel(**settings | changes)
 
 
+def flow_model(**changes: Any) -> FlowModel:
+    settings: dict[str, Any] = {
+        "network": tarflow(),
+        "conditioner": text(),
+        "autoencoder": Identity(),
+        "noise_std": 0.05,
+        "caption_dropout": 0.1,
+        "caption_mean_weight": 0.0,
+        "optimizer": MUON,
+        "warmup_steps": 0,
+        "cooldown": 0.0,
+        "max_steps": 100,
+        "seed": 0,
+    }
+    return FlowModel(**settings | changes)
+
+
 def autoencoder_model(**changes: Any) -> AutoencoderModel:
     settings: dict[str, Any] = {
         "autoencoder": kl(),
-        "kl_weight": 1e-3,
         "perceptual": None,
         "perceptual_weight": 0.1,
         "adversarial_weight": 0.0,

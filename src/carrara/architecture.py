@@ -78,7 +78,8 @@ def _problem(network: nn.Module, shape: tuple[int, ...], width: int) -> str | No
     """Why it does not answer latents of this shape, told with captions of this width, with as much."""
     with torch.device("meta"):
         mask = torch.ones(1, 2, dtype=torch.bool)
-        conditioning = Conditioning(torch.empty(1, 2, width), mask, torch.empty(1, width))
+        texts = Conditioning(torch.empty(1, 2, width), mask, torch.empty(1, width))
+        conditioning = texts.with_picture(torch.empty(1, 3, *shape[1:]), torch.empty(1))  # for networks that take one
         try:
             answer = tuple(network(torch.empty(1, *shape), torch.empty(1), conditioning).shape[1:])
         except (RuntimeError, ValueError) as mistake:

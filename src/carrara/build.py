@@ -23,6 +23,7 @@ from carrara.diffusion.thresholding import Unbounded
 from carrara.errors import UserError
 from carrara.model.base import Model
 from carrara.model.diffusion import DiffusionModel
+from carrara.parts import STAGES
 from carrara.pipeline.base import Pipeline
 from carrara.pipeline.denoising import Sampling
 from carrara.run_folder import component_folder, is_finished, load_config
@@ -49,7 +50,7 @@ def build_sampling(config: Config, autoencoder: Autoencoder, weak: DiffusionMode
     sampler, spacing, guidance, thresholding = (
         build(node[name]) for name in ("sampler", "spacing", "guidance", "thresholding")
     )
-    if not (isinstance(thresholding, Unbounded) or autoencoder.is_identity):
+    if not (isinstance(thresholding, Unbounded) or autoencoder.is_bounded):
         raise UserError(
             "diffusion/thresholding keeps pixels in [−1, 1], and the latents of an auto-encoder have no bounds: "
             "take diffusion/thresholding=unbounded, or a pixel model"
@@ -113,6 +114,7 @@ def build_pipeline(
     """
     if "pipeline" not in config:
         raise UserError(f"model={config['name']} makes no pictures")
+    stages = {name: _stage(Path(folder)) for name, folder in stages_of(config).items()}
     available: dict[str, Any] = {**_judges(config, modules), "resolution": config["data"]["resolution"]}
     if "diffusion" in config:
         autoencoder = modules["autoencoder"]
@@ -120,7 +122,24 @@ def build_pipeline(
         available["sampling"] = build_sampling(config, autoencoder, weak)
     node = config["pipeline"]
     wanted = _wanted(build({**node, "_partial_": True}), available)
-    return lambda model: build(node, model=model, **wanted)
+
+    def pipeline(model: Model) -> Pipeline:
+        made = {name: make(stage.to(model.device)) for name, (make, stage) in stages.items()}
+        return build(node, model=model, **wanted, **made)
+
+    return pipeline
+
+
+def stages_of(config: Config) -> dict[str, str]:
+    """The parts of a run that are whole runs, by name."""
+    part = config.get("part") or {}
+    return {name: part[name] for name in STAGES if part.get(name) is not None}
+
+
+def _stage(component: Path) -> tuple[Callable[[Model], Pipeline], Model]:
+    """What makes the pipeline of the run that a component was trained in, and its model."""
+    config, model, modules = load_trained(component.parent)
+    return build_pipeline(config, modules), model.requires_grad_(False)
 
 
 def build_scores(
@@ -151,8 +170,8 @@ def usable_cache(config: Config, data: ShardData, modules: Mapping[str, nn.Modul
     Raises:
         UserError: there is a cache, made with something else than the run has.
     """
-    autoencoder, conditioner = modules.get("autoencoder"), modules.get("conditioner")
-    if "diffusion" not in config or not isinstance(autoencoder, Autoencoder) or autoencoder.is_identity:
+    conditioner = modules.get("conditioner")
+    if "diffusion" not in config or (config.get("part") or {}).get("autoencoder") is None:
         return "pictures"
     found = data.cached
     if found is None:

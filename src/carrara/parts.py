@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ from carrara.config import Composed, Config, compose, fingerprint
 from carrara.errors import UserError
 
 AUTO = "auto"
+STAGES = ("small_pictures",)
+"""Parts that are whole runs, which know how they are sampled; the rest are components."""
 
 _CARRIED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "accelerator", "precision"))
 _NOT_THE_PART = (
@@ -23,6 +25,8 @@ _INTERFACE = {  # what the network is built to fit
     "autoencoder": ("latent_channels", "downsampling"),
     "language_model": ("width", "max_length"),
 }
+
+_KINDS = {"small_pictures": "noise_predictor"}  # of the component, where it is not the part's name
 
 _log = logging.getLogger(__name__)
 
@@ -100,11 +104,12 @@ def train_missing(parts: list[Part], train: Callable[[Path], None]) -> None:
             raise UserError(f"the {part.kind} in {part.run} was trained and not exported; start again to go on with it")
 
 
-def in_order(parts: "list[Part] | tuple[Part, ...]") -> Iterator[Part]:
-    """Each part after those it needs itself."""
+def in_order(parts: "list[Part] | tuple[Part, ...]") -> list[Part]:
+    """Each part once, after those it needs itself."""
+    found: list[Part] = []
     for part in parts:
-        yield from in_order(part.parts)
-        yield part
+        found += [one for one in (*in_order(part.parts), part) if one not in found]
+    return found
 
 
 def find_component(reference: str, kind: str, runs_dir: Path) -> Path:
@@ -116,7 +121,9 @@ def find_component(reference: str, kind: str, runs_dir: Path) -> Path:
     for base in (Path(reference), runs_dir / "components" / reference):
         for folder in (base, run_folder.component_folder(base)):
             if (folder / CARD).is_file():
-                read_component(folder, kind)
+                read_component(folder, _KINDS.get(kind, kind))
+                if kind in STAGES and not run_folder.is_run(folder.parent):
+                    raise UserError(f"part.{kind}={reference} is a component alone; name its run, which samples it")
                 return folder
     wrong = "it has no finished component" if Path(reference).is_dir() else "there is no such folder"
     raise UserError(f"part.{kind}={reference}: {wrong}; name a component's folder, a finished run, or {AUTO}")
@@ -135,14 +142,16 @@ def _auto_part(conf_dir: Path, composed: Composed, kind: str, data_fingerprint: 
 def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
     """`model=<kind>` on the run's data and size, with its settings of that architecture and of the machine."""
     config = composed.config
-    nodes: dict[str, Any] = {key: config[key] for key in ("data", kind, "runs_dir", "logger") if key in config}
+    shared = ("conditioner", "language_model") if kind in STAGES else (kind,)
+    nodes: dict[str, Any] = {key: config[key] for key in ("data", *shared, "runs_dir", "logger") if key in config}
     if composed.size:
         nodes["size"] = composed.size
     if "seed" in nodes.get("data", {}):
         nodes["data"] = {**nodes["data"], "seed": "${seed}"}  # a part has its own seed
     for key in _CARRIED:
         nodes[key] = config["trainer"][key.removeprefix("trainer.")]
-    choices = [f"{group}={composed.choices[group]}" for group in ("data", "size") if group in composed.choices]
+    groups = ("data", "size", "conditioner") if kind in STAGES else ("data", "size")  # all stages read captions alike
+    choices = [f"{group}={composed.choices[group]}" for group in groups if group in composed.choices]
     try:
         return compose(conf_dir, "train", [f"model={kind}", *choices], nodes)
     except UserError as mistake:

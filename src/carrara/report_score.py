@@ -64,6 +64,9 @@ SCORES: dict[str, Score] = {
         few=64,
         warning=_NOISY,
     ),
+    "psnr_bicubic": Score(
+        "PSNR, bicubic", "How close bicubic enlargement of the shrunken picture comes.", better="higher", unit="dB"
+    ),
     "denoised_psnr": Score(
         "PSNR, denoised",
         "How close the estimate of a noisy picture comes to the one without noise; read that of the noisy beside it.",

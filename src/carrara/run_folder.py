@@ -65,11 +65,16 @@ def load_config(folder: Path) -> Config:
     Raises:
         UserError: no config there, or one that may not be used.
     """
-    if not (folder / _CONFIG).is_file():
+    if not is_run(folder):
         raise UserError(f"{folder} is no run: it has no {_CONFIG}")
     config = load_yaml(folder / _CONFIG)
     check(config)
     return config
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is a run's folder."""
+    return (folder / _CONFIG).is_file()
 
 
 def component_folder(folder: Path) -> Path:
@@ -127,7 +132,7 @@ def find_run(reference: str, runs_dir: Path) -> Path:
         UserError: there is none.
     """
     for folder in (Path(reference), runs_dir / reference):
-        if (folder / _CONFIG).is_file():
+        if is_run(folder):
             return folder
     raise UserError(f"there is no run {reference}: a run is a folder with {_CONFIG}, such as those below {runs_dir}/")
 

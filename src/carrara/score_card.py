@@ -8,6 +8,7 @@ from carrara.component import read_component
 from carrara.config import Config
 from carrara.metric.extractor import INCEPTION_SHA256
 from carrara.metric.fingerprint import ScoreFingerprint, few_images_warning, score_fingerprint
+from carrara.parts import STAGES
 
 SAMPLING = ("sampler", "spacing", "guidance", "thresholding", "num_steps")  # what shapes pictures besides the model
 
@@ -31,7 +32,9 @@ def score_card(
     if "corruption" in config:
         sampling = {"corruption": config["corruption"]}
     if "pipeline" in config:
-        sampling = (sampling or {}) | {"pipeline": config["pipeline"]}
+        part = config.get("part") or {}
+        stages = {name: read_component(Path(part[name])).card["sha256"] for name in STAGES if part.get(name)}
+        sampling = (sampling or {}) | {"pipeline": config["pipeline"], "stages": stages}
     counts = {name: int(value) for name, value in scores.items() if name.endswith(("/num_images", "/num_captions"))}
     number = max(counts.values(), default=0)
     fields = ScoreFingerprint(

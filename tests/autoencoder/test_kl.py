@@ -28,7 +28,7 @@ def test_images_become_latents_and_come_back(channels, patch, downsampling):
 
 def test_the_demo_stores_a_twelfth_of_the_pixels_values():
     size = yaml.safe_load(DEMO.read_text())
-    node = {key: size["autoencoder"][key] for key in ("downsampling", "channels", "num_blocks", "patch")}
+    node = {key: size["autoencoder"][key] for key in ("downsampling", "channels", "num_blocks", "patch", "kl_weight")}
     with torch.device("meta"):
         autoencoder = KL(latent_channels=4, **node)
         images = torch.empty(1, 3, size["resolution"], size["resolution"])

@@ -21,6 +21,7 @@ NODE = {
     "channels": [8, 16],
     "num_blocks": 1,
     "patch": 2,
+    "kl_weight": 1e-6,
 }
 
 

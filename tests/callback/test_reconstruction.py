@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from carrara.autoencoder.shrunken import Enlarger, Shrunken
 from carrara.callback.reconstruction import Reconstruction
 from carrara.metric.psnr import psnr
 from carrara.pipeline.pictures import to_uint8
@@ -19,6 +20,17 @@ def test_psnr_is_that_of_the_mean_reconstruction():
     back = model.autoencoder.decode(model.autoencoder.encode(images.float() / 127.5 - 1))
     assert scores["val/psnr"] == pytest.approx(psnr(to_uint8(back), images).mean().item(), rel=1e-4)
     assert scores["val/num_images"] == 5
+
+
+@torch.no_grad()
+def test_what_enlarges_is_compared_with_bicubic():
+    model = autoencoder_model(autoencoder=Enlarger(3, 2, width=8, num_blocks=1)).eval()
+    scores = Reconstruction(num_images=5, batch_size=2, num_previews=2, check=None)(model, setting(20))
+    images = batch(range(0, 10, 2))["images"]
+    plain = Shrunken(3, 2)
+    bicubic = plain.decode(plain.encode(images.float() / 127.5 - 1))
+    assert scores["val/psnr_bicubic"] == pytest.approx(psnr(to_uint8(bicubic), images).mean().item(), rel=1e-6)
+    assert scores["val/psnr"] != scores["val/psnr_bicubic"] and "val_seen/psnr_bicubic" in scores
 
 
 @torch.no_grad()

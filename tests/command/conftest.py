@@ -37,6 +37,7 @@ KL = """
     channels: [8, 8]
     num_blocks: 1
     patch: 1
+    kl_weight: 1.0e-6
 """
 TRAINED = """
     optimizer: {_target_: carrara.model.optimizer.Muon, _partial_: true, lr: 0.001, momentum: 0.9, betas: [0.9, 0.9], weight_decay: 0.0}
@@ -48,7 +49,6 @@ TRAINED = """
 MODEL = """
     model:
       _target_: carrara.model.autoencoder.AutoencoderModel
-      kl_weight: 1.0e-6
       perceptual: null
       perceptual_weight: 0.0
       adversarial_weight: 0.0

@@ -27,7 +27,7 @@ CONF = Path(__file__).parents[2] / "conf"
 RESOLUTION = 16
 NODE = {
     "_target_": "carrara.autoencoder.kl.KL", "latent_channels": 4, "downsampling": 4, "channels": [8, 16],
-    "num_blocks": 1, "patch": 2,
+    "num_blocks": 1, "patch": 2, "kl_weight": 1e-6,
 }  # fmt: skip
 
 

@@ -34,3 +34,16 @@ def test_dropped_samples_take_the_other_conditioning():
             assert torch.equal(mixed.tokens[k, :length], part.tokens[k])
             assert torch.equal(mixed.mask[k, :length], part.mask[k]) and not mixed.mask[k, length:].any()
             assert torch.equal(mixed.pooled[k], part.pooled[k])
+
+
+def test_pictures_go_along():
+    """A picture that only one side has is dropped: there is nothing to put beside the other's x."""
+    a = conditioning(2, 3, 1.0).with_picture(torch.ones(2, 3, 4, 4), torch.tensor([0.1, 0.2]))
+    b = conditioning(2, 2, 9.0).with_picture(torch.zeros(2, 3, 4, 4), torch.tensor([0.3, 0.4]))
+    both = a.cat(b)
+    assert both.picture is not None and both.picture_noise is not None
+    assert both.picture.mean((1, 2, 3)).tolist() == [1, 1, 0, 0]
+    assert torch.equal(both.picture_noise, torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    mixed = a.where(torch.tensor([False, True]), b)
+    assert mixed.picture is not None and mixed.picture.mean((1, 2, 3)).tolist() == [1, 0]
+    assert a.cat(conditioning(2, 3, 1.0)).picture is None

@@ -84,6 +84,12 @@ def test_the_root_mean_square_is_one_and_the_dtype_stays():
     torch.testing.assert_close(norm(x.bfloat16()).float(), norm(x), atol=0.02, rtol=0.02)
 
 
+def test_the_norm_of_float64_is_not_rounded_to_float32():
+    x = torch.randn(3, 8, dtype=torch.float64)
+    wanted = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    torch.testing.assert_close(RMSNorm(8, elementwise_affine=False)(x), wanted, atol=1e-14, rtol=0)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
 def test_the_norm_on_the_cpu_is_torchs(affine, size):

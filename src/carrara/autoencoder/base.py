@@ -1,5 +1,7 @@
 """What every auto-encoder promises."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,14 @@ class Autoencoder(nn.Module):
     Attributes:
         latent_channels: channels of z.
         downsampling: how many pixels a latent spans in height and width.
-        is_identity: whether the latents are the pixels themselves, in [−1, 1].
+        is_identity: whether the latents are the pixels themselves.
+        is_bounded: whether the latents lie in [−1, 1], as pixels do.
+        logged: the names of the values that `training_pass` gives to be logged.
     """
 
     is_identity = False
+    is_bounded = False
+    logged: ClassVar[tuple[str, ...]] = ()
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -33,6 +39,23 @@ class Autoencoder(nn.Module):
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Images from latents on the encoder's own scale."""
+        raise NotImplementedError
+
+    def training_pass(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What it is trained on besides how well pictures come back.
+
+        Args:
+            images: (B, 3, R, R) in [−1, 1].
+            noise: (B, *noise_shape(R, R)), standard normal.
+
+        Returns:
+            The reconstruction (B, 3, R, R); the scalar that is added to its error, already weighted; and scalars to
+            be logged, by the names in `logged`.
+        """
+        raise NotImplementedError
+
+    def noise_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Of the noise that `training_pass` wants for a picture (3, height, width)."""
         raise NotImplementedError
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ class Identity(Autoencoder):
     """Pictures are their own latents; nothing is trained or measured."""
 
     is_identity = True
+    is_bounded = True
 
     def __init__(self, latent_channels: int = 3, downsampling: int = 1):
         if (latent_channels, downsampling) != (3, 1):

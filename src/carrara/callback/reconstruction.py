@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from carrara.autoencoder.base import Autoencoder
+from carrara.autoencoder.shrunken import Enlarger
 from carrara.callback.score import Setting, prefix
 from carrara.metric.prompt_accuracy import Check, PromptAccuracy
 from carrara.metric.psnr import PSNR
@@ -13,6 +14,8 @@ from carrara.pipeline.pictures import save_grid, to_uint8
 
 class Reconstruction:
     """Logs `val/psnr` and, where a parser reads the pictures, `val/reconstruction_accuracy`.
+
+    Of what enlarges shrunken pictures also `val/psnr_bicubic`: bicubic enlargement's, which it has to beat.
 
     Args:
         num_images: pictures of each split; all if there are fewer.
@@ -33,7 +36,7 @@ class Reconstruction:
         scores = {}
         for split, indices in setting.validation.splits.items():
             name = prefix(split)
-            psnr = PSNR().to(setting.device)
+            psnr, bicubic = PSNR().to(setting.device), PSNR().to(setting.device)
             accuracy = None if self.check is None else PromptAccuracy(self.check).to(setting.device)
             for chunk in setting.chunks(indices[: self.num_images], self.batch_size):
                 batch = setting.validation.take(chunk)
@@ -41,11 +44,15 @@ class Reconstruction:
                 with setting.autocast():
                     reconstruction = to_uint8(self._round_trip(autoencoder, images))
                 psnr.update(reconstruction, images)
+                if isinstance(autoencoder, Enlarger):
+                    bicubic.update(to_uint8(autoencoder.bicubic(images.float() / 127.5 - 1)), images)
                 if accuracy is not None:
                     accuracy.update(batch["captions"], reconstruction)
                 if chunk[0] == indices[0] and split == "held_out":
                     self._preview(images, reconstruction, batch["captions"], setting)
             scores[f"{name}psnr"] = float(psnr.compute())
+            if isinstance(autoencoder, Enlarger):
+                scores[f"{name}psnr_bicubic"] = float(bicubic.compute())
             scores[f"{name}num_images"] = float(min(self.num_images, len(indices)))
             if accuracy is not None:
                 scores[f"{name}reconstruction_accuracy"] = float(accuracy.compute()["all"])

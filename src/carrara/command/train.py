@@ -137,7 +137,7 @@ def _check_modules(config: Config) -> None:
     """What cannot be built, or does not fit, is told now, not after the parts are trained."""
     from carrara.architecture import check_fit, meta_modules
     from carrara.autoencoder.base import Autoencoder
-    from carrara.build import build_objective, build_pipeline, build_sampling, doubtful_start
+    from carrara.build import build_objective, build_pipeline, build_sampling, doubtful_start, stages_of
 
     modules, model = meta_modules(config)
     if "diffusion" in config:
@@ -148,7 +148,7 @@ def _check_modules(config: Config) -> None:
             _log.warning("%s", doubt)
     if "corruption" in config:
         build(config["corruption"])
-    if "pipeline" in config:
+    if "pipeline" in config and not stages_of(config):  # they may not be trained yet
         build_pipeline(config, modules)(model)
     check_fit(config, modules)
 

@@ -1,4 +1,4 @@
-"""Training an auto-encoder: reconstruction, KL, and from some step on an adversary."""
+"""Training an auto-encoder: reconstruction, its own penalty, and from some step on an adversary."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.autoencoder.base import Autoencoder
-from carrara.divergence import kl_to_standard_normal
 from carrara.model.base import Model, OptimizerFactory
 from carrara.model.perceptual import Perceptual
 
 
 class AutoencoderModel(Model):
-    """Minimises reconstruction + kl_weight · KL + adversarial_weight · generator's hinge loss.
+    """Minimises reconstruction + the auto-encoder's penalty + adversarial_weight · generator's hinge loss.
 
     The discriminator learns in the same step by the same optimizer: its loss sees detached reconstructions, the
     generator's loss goes through a detached copy of its weights, so one backward pass serves both and a batch counts
@@ -22,7 +21,6 @@ class AutoencoderModel(Model):
 
     Args:
         autoencoder: what is trained.
-        kl_weight: of the KL divergence in nats per latent value.
         perceptual: the path of a VGG16 whose features are compared, see `Perceptual`; None for none.
         perceptual_weight: of that distance.
         adversarial_weight: of the generator's loss; 0 builds no discriminator.
@@ -35,7 +33,6 @@ class AutoencoderModel(Model):
     def __init__(
         self,
         autoencoder: Autoencoder,
-        kl_weight: float,
         perceptual: str | None,
         perceptual_weight: float,
         adversarial_weight: float,
@@ -46,9 +43,10 @@ class AutoencoderModel(Model):
         max_steps: int,
         seed: int,
     ):
+        if not any(p.requires_grad for p in autoencoder.parameters()):
+            raise ValueError(f"autoencoder: {type(autoencoder).__name__} has nothing to train; take autoencoder=kl")
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.autoencoder = autoencoder
-        self.kl_weight = kl_weight
         self.perceptual = None if perceptual is None else Perceptual(perceptual).requires_grad_(False)
         self.perceptual_weight = perceptual_weight
         self.discriminator = PatchDiscriminator() if adversarial_weight else None
@@ -58,7 +56,7 @@ class AutoencoderModel(Model):
     @property
     def loss_names(self) -> tuple[str, ...]:
         perceptual = ("perceptual",) if self.perceptual is not None else ()
-        return ("loss", "reconstruction", "kl", *perceptual)
+        return ("loss", "reconstruction", *self.autoencoder.logged, *perceptual)
 
     @property
     def hot(self) -> list[nn.Module]:
@@ -66,14 +64,11 @@ class AutoencoderModel(Model):
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         images = self.images(batch)
-        mean, logvar = (x.float() for x in self.autoencoder.posterior(images))
-        noise = self.normal(batch, "posterior", tuple(mean.shape[1:]))
-        reconstruction = self.autoencoder.decode_raw(mean + (0.5 * logvar).exp() * noise).float()
-        losses = {
-            "reconstruction": F.mse_loss(reconstruction, images),
-            "kl": kl_to_standard_normal(mean, logvar).mean() / mean[0].numel(),
-        }
-        loss = losses["reconstruction"] + self.kl_weight * losses["kl"]
+        noise = self.normal(batch, "posterior", self.autoencoder.noise_shape(*images.shape[2:]))
+        reconstruction, penalty, logged = self.autoencoder.training_pass(images, noise)
+        reconstruction = reconstruction.float()
+        losses = {"reconstruction": F.mse_loss(reconstruction, images)} | logged
+        loss = losses["reconstruction"] + penalty
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual.distance(reconstruction, images).mean()
             loss = loss + self.perceptual_weight * losses["perceptual"]

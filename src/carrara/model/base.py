@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara import keyed_random
+from carrara.autoencoder.base import Autoencoder
 from carrara.model.optimizer import parameter_groups, warmup_cooldown
 from carrara.network.by_reference import ByReference
 
@@ -84,6 +85,16 @@ class Model(lightning.LightningModule):
     def images(self, batch: dict[str, Any]) -> Tensor:
         """The batch's images (B, 3, R, R) in [−1, 1]."""
         return batch["images"].to(torch.float32) / 127.5 - 1.0
+
+    @torch.no_grad()
+    def latents(self, batch: dict[str, Any], autoencoder: Autoencoder) -> Tensor:
+        """A sample of the posterior, (B, C, h, w) float32, of the pictures or as their cache has it."""
+        if "latent_mean" in batch:
+            noise = self.normal(batch, "posterior", tuple(batch["latent_mean"].shape[1:]))
+            return batch["latent_mean"] + batch["latent_std"] * noise
+        images = self.images(batch)
+        shape = autoencoder.latent_shape(*images.shape[-2:])
+        return autoencoder.encode(images, self.normal(batch, "posterior", shape)).float()
 
     def uniform(self, batch: dict[str, Any], purpose: str) -> Tensor:
         """(B,) uniforms keyed by the samples' positions in the stream."""

@@ -1,6 +1,10 @@
 """A network and what tells it the captions: trained, saved and exported together."""
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
+
+from carrara.network.conditioning import Conditioning
 
 
 class Conditioned(nn.Module):
@@ -18,3 +22,11 @@ class Conditioned(nn.Module):
         super().__init__()
         self.network = network
         self.conditioner = conditioner
+
+    def conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
+        """Of a batch's captions, or as their cache has it; of the empty caption where `drop` (B,) says so."""
+        if "tokens" in batch:
+            encoded = Conditioning(batch["tokens"], batch["mask"], batch["pooled"])
+            return encoded.where(drop, self.conditioner([""] * len(drop)))
+        captions = ["" if d else caption for d, caption in zip(drop.tolist(), batch["captions"], strict=True)]
+        return self.conditioner(captions)

@@ -69,7 +69,7 @@ class DiffusionModel(Model):
         return [self.predictor.network]
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
-        x0 = self._clean_latents(batch)
+        x0 = self.latents(batch, self.autoencoder)
         training = u is None
         drop = torch.zeros_like(batch["positions"], dtype=torch.bool)
         if u is None:  # times and drops keyed by the position in the stream
@@ -82,25 +82,8 @@ class DiffusionModel(Model):
         denoising = self.objective.loss(predict, x0, eps, u).mean()
         if self.caption_mean is None or not training:
             return {"loss": denoising}
-        error = self.caption_mean.squared_error(conditioning, x0).mean()
-        # its gradient without its value: the loss means the same with and without it, in training and validation
-        loss = denoising + self.caption_mean_weight * (error - error.detach())
-        return {"loss": loss, "caption_mean": error}
-
-    @torch.no_grad()
-    def _clean_latents(self, batch: dict[str, Any]) -> Tensor:
-        """A sample of the posterior, (B, C, h, w) float32, of the pictures or as their cache has it."""
-        if "latent_mean" in batch:
-            noise = self.normal(batch, "posterior", tuple(batch["latent_mean"].shape[1:]))
-            return batch["latent_mean"] + batch["latent_std"] * noise
-        images = self.images(batch)
-        shape = self.autoencoder.latent_shape(*images.shape[-2:])
-        return self.autoencoder.encode(images, self.normal(batch, "posterior", shape)).float()
+        return self.caption_mean.beside(denoising, self.caption_mean_weight, conditioning, x0)
 
     def _conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
-        """Of the captions, or as their cache has it; of the empty caption where `drop` (B,) says so."""
-        if "tokens" in batch:
-            encoded = Conditioning(batch["tokens"], batch["mask"], batch["pooled"])
-            return encoded.where(drop, self.predictor.conditioner([""] * len(drop)))
-        captions = ["" if d else caption for d, caption in zip(drop.tolist(), batch["captions"], strict=True)]
-        return self.predictor.conditioner(captions)
+        """What the network is told; of the empty caption where `drop` (B,) says so."""
+        return self.predictor.conditioning(batch, drop)

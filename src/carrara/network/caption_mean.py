@@ -48,3 +48,11 @@ class CaptionMean(nn.Module):
         """Mean squared error (B,) of the answer against clean latents x0 (B, C, H, W), averaged over each cell."""
         target = nn.functional.adaptive_avg_pool2d(x0, self.grid)
         return (self(conditioning).float() - target).square().mean((1, 2, 3))
+
+    def beside(self, loss: Tensor, weight: float, conditioning: Conditioning, x0: Tensor) -> dict[str, Tensor]:
+        """`loss` with `weight` times this error's gradient, but not its value, and the error: "loss", "caption_mean".
+
+        So a loss means the same with and without it, in training and validation.
+        """
+        error = self.squared_error(conditioning, x0).mean()
+        return {"loss": loss + weight * (error - error.detach()), "caption_mean": error}

@@ -1,6 +1,7 @@
 """What a noise predictor is told besides the noisy picture and the time."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -8,41 +9,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded captions of a batch.
+    """Encoded captions of a batch, and where a model has one a picture that it starts from.
 
     Attributes:
         tokens: (B, L, D) one vector a token.
         mask: (B, L) bool, True where a token is real and not padding.
         pooled: (B, P) one vector a caption.
+        picture: (B, C, H, W), of the size of x, which the network sees beside x; None for none.
+        picture_noise: (B,) the t of the noise in that picture, in [0, 1].
     """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
+    picture: Tensor | None = None
+    picture_noise: Tensor | None = None
+
+    def with_picture(self, picture: Tensor, noise: Tensor) -> "Conditioning":
+        """The same captions with a picture (B, C, H, W) and the t (B,) of its noise."""
+        return replace(self, picture=picture, picture_noise=noise)
 
     def cat(self, other: "Conditioning") -> "Conditioning":
         """The two batches one after the other; the shorter one's tokens are padded."""
-        length = max(self.tokens.shape[1], other.tokens.shape[1])
-        a, b = self._padded(length), other._padded(length)
-        return Conditioning(*(torch.cat(pair) for pair in zip(a._fields, b._fields, strict=True)))
+        return self._joined(other, lambda a, b: torch.cat([a, b]))
 
     def where(self, drop: Tensor, other: "Conditioning") -> "Conditioning":
         """`other` for the samples where `drop` (B,) is True, `self` for the rest (classifier-free guidance)."""
+        return self._joined(other, lambda a, b: torch.where(drop.reshape(-1, *[1] * (a.ndim - 1)), b, a))
+
+    def _joined(self, other: "Conditioning", join: Callable[[Tensor, Tensor], Tensor]) -> "Conditioning":
         length = max(self.tokens.shape[1], other.tokens.shape[1])
         a, b = self._padded(length), other._padded(length)
-        return Conditioning(
-            torch.where(drop[:, None, None], b.tokens, a.tokens),
-            torch.where(drop[:, None], b.mask, a.mask),
-            torch.where(drop[:, None], b.pooled, a.pooled),
-        )
+        pairs = zip(a._fields, b._fields, strict=True)
+        return Conditioning(*(None if x is None or y is None else join(x, y) for x, y in pairs))  # type: ignore[arg-type]
 
     @property
-    def _fields(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.tokens, self.mask, self.pooled
+    def _fields(self) -> tuple[Tensor | None, ...]:
+        return self.tokens, self.mask, self.pooled, self.picture, self.picture_noise
 
     def _padded(self, length: int) -> "Conditioning":
         extra = length - self.tokens.shape[1]
         if extra == 0:
             return self
         tokens = torch.nn.functional.pad(self.tokens, (0, 0, 0, extra))
-        return Conditioning(tokens, torch.nn.functional.pad(self.mask, (0, extra)), self.pooled)
+        return replace(self, tokens=tokens, mask=torch.nn.functional.pad(self.mask, (0, extra)))

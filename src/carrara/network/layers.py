@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from carrara.network.cache import Cache
+
 
 def zero_(module: nn.Module) -> nn.Module:
     """Zero a layer's parameters, so that the residual branch it ends starts as the identity."""
@@ -41,20 +43,28 @@ def norm_groups(channels: int) -> int:
     return 1 if channels % 2 else math.gcd(32, channels // 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q kᵀ / √d) v over the last two dimensions (B, heads, N, d); `mask`, True to attend, broadcasts.
+
+    `causal`: the queries are those of the last keys, and each attends to its own key and those before it.
 
     The backward pass of torch's fused attention on the CPU is 3 to 6 times slower than these three operations for
     the short sequences of a small picture in bfloat16 (torch 2.13, 16 to 64 tokens), so there it is not used.
     """
-    short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 128
-    if short_on_cpu and torch.is_grad_enabled():
+    n, length = q.shape[-2], k.shape[-2]
+    explicit = q.device.type == "cpu" and q.dtype == torch.bfloat16 and n <= 128 and torch.is_grad_enabled()
+    if causal and mask is None and n == length and not explicit:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)  # without a mask it may be the fastest kernel
+    if causal and n > 1:
+        past = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
+        mask = past if mask is None else mask & past
+    if explicit:
         weights = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if mask is not None:
             weights = weights.masked_fill(~mask, -torch.inf)
         return weights.softmax(dim=-1) @ v
     if mask is not None:
-        mask = mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])
+        mask = mask.expand(*mask.shape[:-2], n, length)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -110,7 +120,9 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / √mean(x²) over the last dimension (Zhang & Sennrich 2019, eq. 4), with the mean in float32, in x's dtype.
+    """x / √mean(x²) over the last dimension (Zhang & Sennrich 2019, eq. 4), in x's dtype.
+
+    The mean is in float32, or in float64 if x is.
 
     Under autocast on a GPU torch's own answers in float32, which would make all that follows float32. On the CPU it is
     several passes over float32 copies: a step of a small transformer in bfloat16 takes a third longer (torch 2.13).
@@ -122,9 +134,10 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6, elementwise_affine=elementwise_affine)
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if x.device.type != "cpu":
-            return super().forward(x.float()).to(x.dtype)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            return super().forward(x.to(dtype)).to(x.dtype)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         y = x * (length.square() / x.shape[-1] + self.eps).rsqrt().to(x.dtype)
         return y if self.weight is None else y * self.weight.to(x.dtype)
 
@@ -168,28 +181,47 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, angles: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        angles: Tensor | None = None,
+        causal: bool = False,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             x: (B, N, C).
             context: (B, L, D).
-            mask: (B, L) bool, True for what may be attended to.
+            mask: (B, L) bool, True for what may be attended to; with a cache, of all tokens so far.
             angles: (N, C / heads / 2) of `rotary_angles`, for self-attention with rotary positions.
+            causal: self-attention of each token to itself and those before it.
+            cache: of self-attention: x are the next tokens, and those in the cache are attended to as well; of
+                cross-attention: the context's keys and values are made at the first call and then taken from here.
 
         Returns:
             (B, N, C).
         """
-        context = x if context is None else context
-        q, k, v = (
-            tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for tokens in (self.query_norm(self.query(x)), self.key_norm(self.key(context)), self.value(context))
-        )
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        y = attend(q, k, v, None if mask is None else mask[:, None, None, :])
+        q = self._heads(self.query_norm(self.query(x)))
+        q = q if angles is None else rotate(q, angles)
+        tokens = x if context is None else context
+        if cache is None:
+            k, v = self._keys_values(tokens, angles)
+        else:
+            if context is None or cache.length == 0:
+                cache.append(*self._keys_values(tokens, angles))
+            k, v = cache.keys_values
+        y = attend(q, k, v, None if mask is None else mask[:, None, None, :], causal)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def _keys_values(self, tokens: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor]:
+        k, v = self._heads(self.key_norm(self.key(tokens))), self._heads(self.value(tokens))
+        return k if angles is None else rotate(k, angles), v
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, heads, N, C / heads)."""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class GEGLU(nn.Module):

@@ -103,6 +103,7 @@ class UNet(nn.Module):
         expansion: hidden width of the feed-forward layers, in widths of the level (Stable Diffusion: 4).
         context_width: features of the conditioning's tokens.
         pooled_width: features of the conditioning's pooled vector, added to the time embedding; 0 ignores it.
+        picture_channels: channels of the conditioning's picture, which is put beside x; 0 ignores it.
         qk_norm: normalise the queries and keys of the attention (Stable Diffusion does not).
         learned_positions: add a learned position to each pixel before attention. The resolution is then fixed.
         checkpointing: recompute stages in the backward pass instead of keeping their activations.
@@ -122,6 +123,7 @@ class UNet(nn.Module):
         pooled_width: int,
         qk_norm: bool,
         learned_positions: bool,
+        picture_channels: int = 0,
         checkpointing: bool = False,
     ):
         super().__init__()
@@ -135,6 +137,11 @@ class UNet(nn.Module):
         width = 4 * channels[0]
         self.time_embedding = nn.Sequential(nn.Linear(channels[0], width), nn.SiLU(), nn.Linear(width, width))
         self.pooled_embedding = nn.Linear(pooled_width, width) if pooled_width else None
+        self.picture_embedding = (
+            nn.Sequential(nn.Linear(channels[0], width), nn.SiLU(), nn.Linear(width, width))
+            if picture_channels
+            else None
+        )
 
         def stage(level: int, c_in: int, c_out: int, attend: bool) -> Stage:
             size = resolution // 2**level
@@ -146,7 +153,7 @@ class UNet(nn.Module):
                 residual, SpatialTransformer(c_out, heads, context_width, depth, expansion, qk_norm, positions)
             )
 
-        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels + picture_channels, channels[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         current, skips = channels[0], [channels[0]]
         last = len(channels) - 1
@@ -175,11 +182,14 @@ class UNet(nn.Module):
         self.conv_out = zero_(nn.Conv2d(current, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        embedding = self.time_embedding(
-            sinusoidal_embedding(time, self.conv_in.out_channels).to(self.conv_in.weight.dtype)
-        )
+        embedding = self.time_embedding(self._features(time))
         if self.pooled_embedding is not None:
             embedding = embedding + self.pooled_embedding(conditioning.pooled)
+        if self.picture_embedding is not None:
+            if conditioning.picture is None or conditioning.picture_noise is None:
+                raise ValueError("network.picture_channels: this conditioning has no picture")
+            embedding = embedding + self.picture_embedding(self._features(1000 * conditioning.picture_noise))
+            x = torch.cat([x, conditioning.picture.to(x)], dim=1)
         text = conditioning.tokens, conditioning.mask
         x = self.conv_in(x)
         skips = [x]
@@ -200,6 +210,10 @@ class UNet(nn.Module):
             if level < len(self.upsample):
                 x = self.upsample[level](x)
         return self.conv_out(nn.functional.silu(self.norm_out(x)))
+
+    def _features(self, time: Tensor) -> Tensor:
+        """Of times (B,) on the scale of 0…1000."""
+        return sinusoidal_embedding(time, self.conv_in.out_channels).to(self.conv_in.weight.dtype)
 
     def _run(self, stage: nn.Module, *inputs: Tensor) -> Tensor:
         if self.checkpointing and self.training:

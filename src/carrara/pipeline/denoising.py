@@ -63,6 +63,14 @@ class Draws:
 
 
 @torch.no_grad()
+def texts(model: DiffusionModel, captions: list[str], sampling: Sampling) -> tuple[Conditioning, Conditioning]:
+    """Captions as the model is told them, and what guidance leads away from; see `denoised`."""
+    conditioner, weak = model.predictor.conditioner, sampling.weak
+    negative = conditioner([""] * len(captions)) if weak is None else weak.predictor.conditioner(captions)
+    return conditioner(captions), negative
+
+
+@torch.no_grad()
 def denoised(
     model: DiffusionModel,
     positive: Conditioning,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from carrara.model.diffusion import DiffusionModel
 from carrara.pipeline.base import OnStep
-from carrara.pipeline.denoising import Draws, Sampling, denoised
+from carrara.pipeline.denoising import Draws, Sampling, denoised, texts
 from carrara.pipeline.source import Source
 
 
@@ -33,16 +33,17 @@ class TextToImage:
         times = self.sampling.times
         return len(times if self.source is None else self.source.rest_of(times)) - 1
 
-    @torch.no_grad()
     def __call__(self, captions: list[str], indices: Sequence[int], seed: int, on_step: OnStep | None = None) -> Tensor:
         """One picture a caption; see `Pipeline`."""
-        conditioner, weak = self.model.predictor.conditioner, self.sampling.weak
-        negative = conditioner([""] * len(captions)) if weak is None else weak.predictor.conditioner(captions)
+        pictures = self.decode(self.latents(captions, indices, seed, on_step))
+        return pictures if self.source is None else self.source.paste(pictures)
+
+    def latents(self, captions: list[str], indices: Sequence[int], seed: int, on_step: OnStep | None = None) -> Tensor:
+        """Of one picture a caption, (B, C, h, w) float32; arguments as of `Pipeline`."""
+        positive, negative = texts(self.model, captions, self.sampling)
         shape = self.model.autoencoder.latent_shape(self.resolution, self.resolution)
         draws = Draws(seed, torch.as_tensor(list(indices)))
-        z = denoised(self.model, conditioner(captions), negative, shape, draws, self.sampling, on_step, self.source)
-        pictures = self.decode(z)
-        return pictures if self.source is None else self.source.paste(pictures)
+        return denoised(self.model, positive, negative, shape, draws, self.sampling, on_step, self.source)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

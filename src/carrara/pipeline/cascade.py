@@ -1,0 +1,76 @@
+"""Small pictures of captions, made larger by a second diffusion model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from carrara.model.super_resolution import SuperResolutionModel
+from carrara.pipeline.base import OnStep
+from carrara.pipeline.denoising import Draws, Sampling, denoised, texts
+from carrara.pipeline.text_to_image import TextToImage
+
+
+@dataclass(frozen=True)
+class Cascade:
+    """Caption → small picture → picture (Ho et al. 2022; Saharia et al. 2022, "Imagen").
+
+    Attributes:
+        model: of the second stage.
+        small_pictures: whose latents are the small pictures, as of `autoencoder=shrunken`.
+        resolution: of the pictures.
+        sampling: of the second stage.
+        augmentation: t of the noise that the small picture gets; at most what the model was trained for.
+    """
+
+    model: SuperResolutionModel
+    small_pictures: TextToImage
+    resolution: int
+    sampling: Sampling
+    augmentation: float
+
+    def __post_init__(self) -> None:
+        theirs = self.small_pictures.resolution, self.small_pictures.model.autoencoder.downsampling
+        ours = self.resolution, self.model.factor
+        if theirs != ours:
+            raise ValueError(
+                "part.small_pictures makes pictures of {} / {} pixels, and this run enlarges those of {} / {}: take a "
+                "run of the same data.resolution and autoencoder.downsampling".format(*theirs, *ours)
+            )
+        most = self.model.max_augmentation
+        if not 0 <= self.augmentation <= most:
+            raise ValueError(
+                f"pipeline.augmentation={self.augmentation} lies outside of [0, {most}], the model.max_augmentation "
+                "that was trained for"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        return self.small_pictures.num_steps + self.sampling.num_steps
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str], indices: Sequence[int], seed: int, on_step: OnStep | None = None) -> Tensor:
+        """One picture a caption; see `Pipeline`. The first stage's steps come first."""
+        small = self.small_pictures.latents(captions, indices, seed, on_step).clamp(-1, 1)
+        positions = torch.as_tensor(list(indices))
+        eps = Draws(seed, positions, "augmentation").of_shape(tuple(small.shape[1:]), small.device)()
+        s = torch.full((len(small),), self.augmentation, device=small.device)
+        positive, negative = (
+            self.model.starting_from(some, small, s, eps) for some in texts(self.model, captions, self.sampling)
+        )
+        first = self.small_pictures.num_steps
+
+        def later(step: int, t: Tensor, x: Tensor, x0_hat: Tensor) -> None:
+            if on_step is not None:
+                on_step(first + step, t, x, x0_hat)
+
+        shape = (3, self.resolution, self.resolution)
+        draws = Draws(seed, positions, "super_resolution")
+        return self.decode(denoised(self.model, positive, negative, shape, draws, self.sampling, later))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures of a step of either stage, the first one's enlarged."""
+        if z.shape[-1] != self.resolution:
+            return self.small_pictures.decode(z)
+        return z.float().clamp(-1, 1)
