@@ -1,8 +1,8 @@
-"""Is a clean target needed to learn to restore (Lehtinen et al. 2018)? And what are restored pictures worth to diffusion?
+"""Does learning to restore need clean pictures (Lehtinen et al. 2018), and what are restored ones worth to diffusion?
 
-`python -m experiments.noise2noise` prints the two tables of experiments/README.md: PSNR of restored pictures by what was
-learned from, and scores, against clean pictures, of the demo's latent U-Net trained on noisy, restored and clean shards.
-More arguments go to every training: `trainer.max_steps=2`, say, only to see that all of it runs.
+`python -m experiments.noise2noise` prints the two tables of experiments/README.md: PSNR of restored pictures by what
+they were learned from, and scores, against clean pictures, of the demo's latent U-Net trained on noisy, restored and
+clean shards. More arguments go to every training: `trainer.max_steps=2`, say, only to see that all of it runs.
 """
 
 import subprocess

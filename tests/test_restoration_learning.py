@@ -72,10 +72,11 @@ def psnr(model: RestorationModel) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("corruption", [Gaussian(0.4, 0), Text(0.25, 0)], ids=["gaussian", "text"])
-def test_noisy_targets_teach_as_much_as_clean_ones(corruption: Corruption) -> None:
-    found = {target: psnr(train(corruption, target)) for target in ("clean", "noisy", "self")}
-    print(found)
-    noisy = found["clean"][0]
-    clean, blind = found["clean"][1], found["self"][1]
-    assert found["noisy"][1] == pytest.approx(clean, abs=0.5)
-    assert clean > noisy + 3
+def test_noisy_targets_teach_nearly_as_much_as_clean_ones(corruption: Corruption) -> None:
+    """Noise in the targets is noise in the gradient, which so short a training does not average out."""
+    shown, clean = psnr(train(corruption, "clean"))
+    _, noisy = psnr(train(corruption, "noisy"))
+    _, blind = psnr(train(corruption, "self"))
+    assert clean > shown + 5
+    assert noisy > clean - 0.8
+    assert noisy > blind + 1
