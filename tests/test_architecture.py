@@ -45,6 +45,7 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
         "latent_dit",
         "pixel_unet",
         "pixel_dit",
+        "dalle",
         "pixel_flow",
         "autoencoder",
         "evaluator",
@@ -57,6 +58,17 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
 def test_every_models_network_fits_what_it_is_given(model, size):
     config = compose(CONF, "train", [f"model={model}", f"size={size}"]).config
     check_fit(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("autoencoder", ["vq", "gumbel"])
+@pytest.mark.parametrize("size", ["demo", "small", "base"])
+def test_diffusion_fits_the_latents_of_discrete_auto_encoders(autoencoder, size):
+    config = compose(CONF, "train", ["model=latent_unet", f"autoencoder={autoencoder}", f"size={size}"]).config
+    modules, _ = meta_modules(config)
+    check_fit(config, modules)
+    own = compose(CONF, "train", ["model=autoencoder", f"autoencoder={autoencoder}", f"size={size}"]).config
+    assert own["autoencoder"] == config["autoencoder"]
+    assert meta_modules(own)[0].keys() == modules.keys() & {"autoencoder"} | ({"other"} if size == "base" else set())
 
 
 @pytest.mark.parametrize("objective", ["masked", "causal"])

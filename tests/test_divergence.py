@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
-from torch.distributions import Laplace, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal, kl_divergence
 
-from carrara.divergence import kl_diagonal, kl_gaussian, kl_monte_carlo, kl_to_standard_normal
+from carrara.divergence import kl_diagonal, kl_gaussian, kl_monte_carlo, kl_to_standard_normal, kl_to_uniform
 
 
 def random_gaussian(seed: int, dim: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,3 +79,12 @@ def test_a_singular_covariance_is_refused():
     mean, cov = random_gaussian(1)
     with pytest.raises(torch.linalg.LinAlgError):
         kl_gaussian(mean, cov, mean, torch.zeros(5, 5))
+
+
+def test_kl_to_the_uniform_distribution():
+    logits = torch.randn(2, 5, 3, 3) * 3
+    wanted = kl_divergence(Categorical(logits=logits.movedim(1, -1)), Categorical(logits=torch.zeros(5)))
+    torch.testing.assert_close(kl_to_uniform(logits, 1), wanted)
+    sure = torch.tensor([0.0, 0.0, 1e4, 0.0, 0.0])
+    assert kl_to_uniform(sure, 0).item() == pytest.approx(math.log(5))
+    assert kl_to_uniform(torch.full((5,), 3.0), 0).item() == pytest.approx(0, abs=1e-6)

@@ -215,6 +215,23 @@ def test_two_ranks_make_one_run_and_agree(workplace: tuple[Path, Path]) -> None:
     assert moved > 0
 
 
+@pytest.mark.slow
+def test_two_ranks_learn_the_codebook_of_one(tmp_path: Path) -> None:
+    weights = []
+    for devices in (1, 2):
+        done = run(
+            "train.py", *TINY, "model=autoencoder", "autoencoder=vq", "model/optimizer=sgd", "trainer.max_steps=6",
+            "trainer.learning_rate=0.01", f"trainer.devices={devices}", f"runs_dir=runs{devices}", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / f"runs{devices}" / "autoencoder-shapes").iterdir()
+        assert 0 < last(folder, "val/codebook_use") <= 1 < last(folder, "val/codebook_perplexity")
+        weights.append(load_file(folder / "component" / "weights.safetensors"))
+    assert weights[0]["codebook.counts"].sum() > 0
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-4)
+
+
 def test_ranks_hold_the_same_weights_with_the_shipped_optimizer(
     workplace: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +370,29 @@ def test_a_restoration_is_trained_on_noisy_pictures_and_cleans_shards(workplace:
     assert done.returncode == 0 and "1 of 1 shards made now" in done.stdout, done.stderr
     done = run("shards.py", *order, f"part.restoration={folder}", cwd=cwd)
     assert done.returncode == 2 and "of kind noise_predictor, where kind restoration is needed" in done.stderr
+
+
+def test_dalle_learns_tokens_and_is_sampled_in_its_own_way(workplace: tuple[Path, Path]) -> None:
+    """A discrete auto-encoder is trained first; the evaluator is there, and ranks the pictures."""
+    cwd, _ = workplace
+    tiny = ["size.dalle.width=16", "size.dalle.depth=1", "size.dalle.batch_size=8", "size.dalle.max_steps=2"]
+    done = run("train.py", "model=dalle", *TINY, *tiny, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training the") == 1 and "training the autoencoder first" in done.stderr
+    (folder,) = (cwd / "runs" / "dalle-shapes").iterdir()
+    for name in ("image_nll", "text_nll", "bits_per_token/image", "bits_per_token/text_unigram", "clip_score"):
+        assert last(folder, f"val/{name}") == last(folder, f"val/{name}")  # there, and not NaN
+    assert json.loads((folder / "component" / "card.json").read_text())["kind"] == "network"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["fingerprint"]["sampling"]["pipeline"]["candidates"] == 1
+    out = cwd / "tokens"
+    done = run(
+        "generate.py", f"run={folder}", "prompt=a red circle", "count=2", "candidates=2", "top_k=9", "top_p=0.9",
+        "temperature=0.7", "guidance_scale=3", f"out={out}", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out / "grid.png").size == (64, 32)
+    assert len(json.loads((out / "strip.json").read_text())["t"]) == 8  # a row of tokens each
 
 
 @pytest.mark.slow

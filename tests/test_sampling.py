@@ -116,6 +116,11 @@ def test_impossible_likelihood_steps(config, steps, message):
         check_steps(config, steps)
 
 
+def test_likelihood_steps_are_of_diffusion():
+    with pytest.raises(UserError, match="dalle is no diffusion, which likelihood_steps is for: leave it out"):
+        check_steps({"name": "dalle", "pipeline": {}}, 100)
+
+
 def test_a_weak_model_where_nothing_is_guided(config, tmp_path):
     set_sampling(config, CONF, NOTHING | {"guidance_scale": 1})
     with pytest.raises(UserError, match="guides nothing"):

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from carrara.autoencoder.base import Autoencoder
+from carrara.autoencoder.gumbel import Gumbel
 from carrara.autoencoder.identity import Identity
 from carrara.autoencoder.kl import KL
+from carrara.autoencoder.vq import VQ
 from carrara.callback.score import Setting
 from carrara.classifier.cnn import CNN
 from carrara.conditioner.text import Text, Unconditional
@@ -32,6 +34,7 @@ from carrara.diffusion.weighting import Unweighted
 from carrara.evaluator.clip import CLIP
 from carrara.language_model.transformer import LanguageModel
 from carrara.model.autoencoder import AutoencoderModel
+from carrara.model.autoregressive import AutoregressiveModel
 from carrara.model.classifier import ClassifierModel
 from carrara.model.diffusion import DiffusionModel
 from carrara.model.evaluator import EvaluatorModel
@@ -39,8 +42,9 @@ from carrara.model.flow import FlowModel
 from carrara.model.language_model import LanguageModelModel
 from carrara.model.optimizer import Muon, sgd
 from carrara.model.restoration import RestorationModel
+from carrara.network.autoregressive import TextImageTransformer
 from carrara.network.dit import DiT
-from carrara.network.tarflow import TarFlow
+from carrara.network.tarflow import FlowBlock, TarFlow
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
 from carrara.pipeline.denoising import Sampling
@@ -150,6 +154,15 @@ def tarflow(**changes: Any) -> TarFlow:
     return TarFlow(**settings | changes)
 
 
+def shift_and_scale(network: TarFlow) -> Tensor:
+    """What a flow's only block subtracts from all patches, then the log of what it divides them by: a bias, to fill."""
+    (block,) = network.blocks
+    assert isinstance(block, FlowBlock)
+    bias = block.project_out.bias
+    assert isinstance(bias, Tensor)
+    return bias
+
+
 def text() -> Text:
     conditioner = Text(vocab_size=300, max_length=12, width=8, depth=1, heads=2)
     train_tokenizers(conditioner)
@@ -166,6 +179,36 @@ def kl(**changes: Any) -> KL:
         "kl_weight": 1e-3,
     }
     return KL(**settings | changes)
+
+
+def vq(**changes: Any) -> VQ:
+    settings: dict[str, Any] = {
+        "num_codes": 16,
+        "latent_channels": 4,
+        "downsampling": 4,
+        "channels": [8, 16],
+        "num_blocks": 1,
+        "patch": 2,
+        "commitment_weight": 0.25,
+        "decay": 0.9,
+        "restart_below": 0.05,
+    }
+    return VQ(**settings | changes)
+
+
+def gumbel(**changes: Any) -> Gumbel:
+    settings: dict[str, Any] = {
+        "num_codes": 16,
+        "latent_channels": 4,
+        "downsampling": 4,
+        "channels": [8, 16],
+        "num_blocks": 1,
+        "patch": 2,
+        "kl_weight": 1e-2,
+        "temperature": 0.1,
+        "anneal_steps": 10,
+    }
+    return Gumbel(**settings | changes)
 
 
 def clip(resolution: int = RESOLUTION) -> CLIP:
@@ -215,6 +258,37 @@ def diffusion_model(autoencoder: Autoencoder | None = None, **changes: Any) -> D
         "seed": 0,
     }
     return DiffusionModel(**settings | changes)
+
+
+def text_image_transformer(**changes: Any) -> TextImageTransformer:
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "max_length": 8,
+        "num_codes": 16,
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "expansion": 2.667,
+    }
+    network = TextImageTransformer(**settings | changes)
+    train_tokenizers(network)
+    return network
+
+
+def autoregressive_model(**changes: Any) -> AutoregressiveModel:
+    settings: dict[str, Any] = {
+        "network": text_image_transformer(),
+        "autoencoder": vq(downsampling=2, patch=1),
+        "image_weight": 0.875,
+        "text_weight": 0.125,
+        "caption_dropout": 0.1,
+        "optimizer": MUON,
+        "warmup_steps": 0,
+        "cooldown": 0.0,
+        "max_steps": 100,
+        "seed": 0,
+    }
+    return AutoregressiveModel(**settings | changes)
 
 
 def flow_model(**changes: Any) -> FlowModel:

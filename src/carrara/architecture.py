@@ -49,13 +49,13 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         UserError: it does not fit the latents, or the conditioner's tokens.
     """
-    if not config.keys() & {"diffusion", "corruption"}:
+    if "corruption" in config:
+        autoencoder: nn.Module = Identity()  # pictures are restored as they are
+    elif "diffusion" in config and "autoencoder" in modules:
+        autoencoder = modules["autoencoder"]
+    else:
         return
-    network, autoencoder, conditioner = (
-        modules["network"],
-        modules.get("autoencoder", Identity()),
-        modules["conditioner"],
-    )
+    network, conditioner = modules["network"], modules["conditioner"]
     assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
     data, width = config["data"], conditioner.width
     for height_px, width_px in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):

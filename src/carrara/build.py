@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,15 @@ from carrara.diffusion.objective import Objective
 from carrara.diffusion.thresholding import Unbounded
 from carrara.errors import UserError
 from carrara.model.base import Model
-from carrara.model.diffusion import DiffusionModel
-from carrara.parts import STAGES
+from carrara.model.denoising import DenoisingModel
+from carrara.parts import STAGES, kind_of
 from carrara.pipeline.base import Pipeline
 from carrara.pipeline.denoising import Sampling
 from carrara.run_folder import component_folder, is_finished, load_config
 
 _HOPELESS = 1000.0  # sigma / alpha; the linear schedule of DDPM begins at 157, Stable Diffusion's at 15
 ARCHITECTURES = (
-    "network", "conditioner", "language_model", "autoencoder", "evaluator", "classifier"
+    "network", "conditioner", "language_model", "autoencoder", "clip", "evaluator", "classifier"
 )  # fmt: skip
 """In the order in which a plan shows them."""
 
@@ -44,13 +45,19 @@ def build_objective(config: Config) -> Objective:
         raise UserError(f"diffusion: {error}") from None
 
 
-def build_sampling(config: Config, autoencoder: Autoencoder, weak: DiffusionModel | None = None) -> Sampling:
-    """How a run samples; steps that its schedule does not have, or bounds on latents, are a `UserError`."""
+def build_sampling(config: Config, autoencoder: nn.Module | None, weak: DenoisingModel | None = None) -> Sampling:
+    """How a run samples; steps that its schedule does not have, or bounds on latents, are a `UserError`.
+
+    Args:
+        autoencoder: whose latents are sampled; None where it is something else.
+        weak: guides.
+    """
     node = config["diffusion"]
     sampler, spacing, guidance, thresholding = (
         build(node[name]) for name in ("sampler", "spacing", "guidance", "thresholding")
     )
-    if not (isinstance(thresholding, Unbounded) or autoencoder.is_bounded):
+    is_bounded = isinstance(autoencoder, Autoencoder) and autoencoder.is_bounded
+    if not (isinstance(thresholding, Unbounded) or is_bounded):
         raise UserError(
             "diffusion/thresholding keeps pixels in [−1, 1], and the latents of an auto-encoder have no bounds: "
             "take diffusion/thresholding=unbounded, or a pixel model"
@@ -90,7 +97,7 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
         if name == "language_model" and reference is not None:
             continue  # the conditioner has read it
         if reference is not None:
-            modules[name] = load_component(Path(reference), name)[0].requires_grad_(False)
+            modules[name] = load_component(Path(reference), kind_of(name))[0].requires_grad_(False)
         elif isinstance(config.get(name), Mapping):
             modules[name] = build(_node(config, name))
     node = config["model"]
@@ -105,7 +112,7 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
 
 
 def build_pipeline(
-    config: Config, modules: Mapping[str, nn.Module], weak: DiffusionModel | None = None
+    config: Config, modules: Mapping[str, nn.Module], weak: DenoisingModel | None = None
 ) -> Callable[[Model], Pipeline]:
     """What makes a pipeline of the run's model as it is then: its `pipeline` node, with what that asks for.
 
@@ -117,9 +124,7 @@ def build_pipeline(
     stages = {name: _stage(Path(folder)) for name, folder in stages_of(config).items()}
     available: dict[str, Any] = {**_judges(config, modules), "resolution": config["data"]["resolution"]}
     if "diffusion" in config:
-        autoencoder = modules["autoencoder"]
-        assert isinstance(autoencoder, Autoencoder)
-        available["sampling"] = build_sampling(config, autoencoder, weak)
+        available["sampling"] = build_sampling(config, modules.get("autoencoder"), weak)
     node = config["pipeline"]
     wanted = _wanted(build({**node, "_partial_": True}), available)
 
@@ -143,14 +148,14 @@ def _stage(component: Path) -> tuple[Callable[[Model], Pipeline], Model]:
 
 
 def build_scores(
-    config: Config, data: ShardData, modules: Mapping[str, nn.Module], weak: DiffusionModel | None = None
+    config: Config, data: ShardData, modules: Mapping[str, nn.Module], weak: DenoisingModel | None = None
 ) -> list[Score]:
-    """The scores of every epoch; each takes what it asks for of what there is."""
+    """The scores of every epoch, as many as `callback` has nodes; each takes what it asks for of what there is."""
     available: dict[str, Any] = {**_judges(config, modules), "check": data.prompt_check}
     if "pipeline" in config:
         available["pipeline"] = build_pipeline(config, modules, weak)
-    score = build(config["callback"]["score"])
-    return [build(config["callback"]["validation_loss"]), score(**_wanted(score, available))]
+    built = [build(node) for node in config["callback"].values() if isinstance(node, Mapping)]
+    return [score(**_wanted(score, available)) if isinstance(score, partial) else score for score in built]
 
 
 def _judges(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module | None]:

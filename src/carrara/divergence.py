@@ -1,5 +1,6 @@
 """Kullback-Leibler divergences KL(p‖q) = E_p[log p − log q], in nats."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,12 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     mean, logvar = mean.to(dtype).flatten(1), logvar.to(dtype).flatten(1)
     zero = torch.zeros_like(mean)
     return kl_diagonal(mean, logvar, zero, zero)
+
+
+def kl_to_uniform(logits: Tensor, dim: int) -> Tensor:
+    """KL(softmax(logits) ‖ uniform) = log K − entropy over the K entries of `dim`, which the result lacks."""
+    log_p = logits.log_softmax(dim)
+    return (log_p.exp() * log_p).sum(dim) + math.log(logits.shape[dim])
 
 
 def kl_gaussian(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> Tensor:

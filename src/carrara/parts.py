@@ -14,7 +14,7 @@ from carrara.config import Composed, Config, compose, fingerprint
 from carrara.errors import UserError
 
 AUTO = "auto"
-STAGES = ("small_pictures",)
+STAGES = ("small_pictures", "prior")
 """Parts that are whole runs, which know how they are sampled; the rest are components."""
 
 _CARRIED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "accelerator", "precision"))
@@ -22,11 +22,15 @@ _NOT_THE_PART = (
     "runs_dir", "resume", "dry_run", "sweep", "logger", "callback", "size", "part", "data"
 )  # fmt: skip
 _INTERFACE = {  # what the network is built to fit
-    "autoencoder": ("latent_channels", "downsampling"),
+    "autoencoder": ("latent_channels", "downsampling", "num_codes"),
     "language_model": ("width", "max_length"),
 }
 
-_KINDS = {"small_pictures": "noise_predictor"}  # of the component, where it is not the part's name
+_KINDS = {"small_pictures": "noise_predictor", "prior": "noise_predictor", "clip": "evaluator"}
+_SHARED = {  # settings that a part has from the run that needs it, besides its own architecture's
+    "small_pictures": ("conditioner", "language_model", "part.language_model"),  # captions are read alike
+    "prior": ("clip", "part.clip"),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +55,11 @@ class Part:
     def is_ready(self) -> bool:
         """Whether the component is there now."""
         return self.folder is not None and (self.folder / CARD).is_file()
+
+
+def kind_of(part: str) -> str:
+    """Of the component that a part's name asks for."""
+    return _KINDS.get(part, part)
 
 
 def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | None) -> list[Part]:
@@ -121,7 +130,7 @@ def find_component(reference: str, kind: str, runs_dir: Path) -> Path:
     for base in (Path(reference), runs_dir / "components" / reference):
         for folder in (base, run_folder.component_folder(base)):
             if (folder / CARD).is_file():
-                read_component(folder, _KINDS.get(kind, kind))
+                read_component(folder, kind_of(kind))
                 if kind in STAGES and not run_folder.is_run(folder.parent):
                     raise UserError(f"part.{kind}={reference} is a component alone; name its run, which samples it")
                 return folder
@@ -142,15 +151,22 @@ def _auto_part(conf_dir: Path, composed: Composed, kind: str, data_fingerprint: 
 def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
     """`model=<kind>` on the run's data and size, with its settings of that architecture and of the machine."""
     config = composed.config
-    shared = ("conditioner", "language_model") if kind in STAGES else (kind,)
-    nodes: dict[str, Any] = {key: config[key] for key in ("data", *shared, "runs_dir", "logger") if key in config}
+    nodes: dict[str, Any] = {key: config[key] for key in ("data", "runs_dir", "logger") if key in config}
+    if kind in config:
+        nodes[kind_of(kind)] = config[kind]
+    for key in _SHARED.get(kind, ()):
+        value = config
+        for name in key.split("."):
+            value = (value or {}).get(name)
+        if value is not None:
+            nodes[key] = value
     if composed.size:
         nodes["size"] = composed.size
     if "seed" in nodes.get("data", {}):
         nodes["data"] = {**nodes["data"], "seed": "${seed}"}  # a part has its own seed
     for key in _CARRIED:
         nodes[key] = config["trainer"][key.removeprefix("trainer.")]
-    groups = ("data", "size", "conditioner") if kind in STAGES else ("data", "size")  # all stages read captions alike
+    groups = ("data", "size", "conditioner") if "conditioner" in _SHARED.get(kind, ()) else ("data", "size")
     choices = [f"{group}={composed.choices[group]}" for group in groups if group in composed.choices]
     try:
         return compose(conf_dir, "train", [f"model={kind}", *choices], nodes)

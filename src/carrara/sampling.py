@@ -100,8 +100,10 @@ def check_steps(config: Config, likelihood_steps: Any) -> None:
     """The schedule has so many steps.
 
     Raises:
-        UserError: it has not, or it is no number of steps.
+        UserError: it has not, or it is no number of steps; or the run has no schedule.
     """
+    if "diffusion" not in config:
+        raise UserError(f"{config['name']} is no diffusion, which likelihood_steps is for: leave it out")
     try:
         Uniform()(build(config["diffusion"]["schedule"]), likelihood_steps)
     except ValueError as error:

@@ -1,4 +1,6 @@
 import json
+import math
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from carrara.autoencoder.shrunken import Enlarger, Shrunken
 from carrara.callback.reconstruction import Reconstruction
 from carrara.metric.psnr import psnr
 from carrara.pipeline.pictures import to_uint8
-from tests.tiny import autoencoder_model, batch, setting
+from tests.tiny import autoencoder_model, batch, gumbel, setting, vq
 
 
 @torch.no_grad()
@@ -61,3 +63,21 @@ def test_pairs_to_look_at(tmp_path):
     assert image.size == (4 * 8, 8)
     facts = json.loads((tmp_path / "reconstruction=0001.json").read_text())
     assert [tile["caption"] for tile in facts["captions"]] == batch([0, 2])["captions"]
+
+
+@pytest.mark.parametrize("kind", [vq, gumbel])
+@torch.no_grad()
+def test_the_use_of_a_codebook_is_counted_over_all_pictures(kind):
+    torch.manual_seed(0)
+    autoencoder = kind()
+    model = autoencoder_model(autoencoder=autoencoder).eval()
+    torch.nn.init.normal_(autoencoder.get_parameter("quant_conv.weight"), std=5.0)
+    scores = Reconstruction(num_images=5, batch_size=2, num_previews=2, check=None)(model, setting(20))
+    images = batch(range(0, 10, 2))["images"].float() / 127.5 - 1
+    tokens = autoencoder.tokens(images)
+    counts = Counter(tokens.flatten().tolist())
+    entropy = -sum(n / tokens.numel() * math.log(n / tokens.numel()) for n in counts.values())
+    assert scores["val/codebook_use"] == len(counts) / 16
+    assert scores["val/codebook_perplexity"] == pytest.approx(math.exp(entropy), rel=1e-9)
+    back = to_uint8(autoencoder.decode(autoencoder.encode(images)))
+    assert scores["val/psnr"] == pytest.approx(psnr(back, batch(range(0, 10, 2))["images"]).mean().item(), rel=1e-4)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from carrara.autoencoder.identity import Identity
 from carrara.divergence import kl_to_standard_normal
-from tests.tiny import SGD, autoencoder_model, batch, batches, equal, kl, trainer, weights
+from tests.tiny import SGD, autoencoder_model, batch, batches, equal, gumbel, kl, trainer, vq, weights
 
 
 def pictures(positions: range, resolution: int = 8) -> torch.Tensor:
@@ -20,6 +20,19 @@ def test_the_loss_is_reconstruction_and_kl():
     torch.testing.assert_close(losses["reconstruction"], F.mse_loss(reconstruction, model.images(one)))
     torch.testing.assert_close(losses["kl"], kl_to_standard_normal(mean, logvar).mean() / mean[0].numel())
     torch.testing.assert_close(losses["loss"], losses["reconstruction"] + 0.5 * losses["kl"])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(vq, "commitment"), (gumbel, "kl")])
+def test_the_penalty_is_the_auto_encoders_own(kind, name):
+    model, one = autoencoder_model(autoencoder=kind()), batch(range(3))
+    assert model.loss_names == ("loss", "reconstruction", name)
+    losses = model.loss(one)
+    noise = model.normal(one, "posterior", model.autoencoder.noise_shape(8, 8))
+    reconstruction, penalty, logged = model.autoencoder.training_pass(model.images(one), noise)
+    torch.testing.assert_close(losses["reconstruction"], F.mse_loss(reconstruction, model.images(one)))
+    torch.testing.assert_close(losses["loss"], losses["reconstruction"] + penalty)
+    torch.testing.assert_close(losses[name], logged[name])
+    assert penalty > 0
 
 
 def test_pixels_are_not_trained():

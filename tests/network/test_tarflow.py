@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from carrara.model.optimizer import parameter_groups
+from carrara.network import tarflow as tarflow_module
 from carrara.network.conditioning import Conditioning
-from carrara.network.tarflow import FlowBlock, TarFlow
+from carrara.network.tarflow import CausalBlock, FlowBlock, TarFlow
 from tests.tiny import awake, tarflow
 
 
@@ -113,6 +114,7 @@ def test_sampling_makes_each_patch_once():
         assert isinstance(block, FlowBlock)
         block.project_in.register_forward_hook(lambda _, given, out: patches.append(given[0].shape[1]))
         for layer in block.layers:
+            assert isinstance(layer, CausalBlock)
             layer.cross_attention.key.register_forward_hook(lambda _, given, out: words.append(given[0].shape[1]))
     with torch.no_grad():
         model.inverse(torch.randn(2, 3, 8, 8), said)
@@ -135,23 +137,34 @@ def test_the_caption_is_heard_and_its_padding_is_not():
 
 
 def test_patches_know_their_places():
-    z, _ = flow(num_blocks=1)(torch.ones(1, 3, 8, 8), conditioning(1, length=1))
-    patches = z.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(16, -1)
-    assert (torch.cdist(patches, patches) + torch.eye(16)).min() > 1e-3
+    """Without attention, those of a picture of one colour are told apart by their places alone."""
+    z, _ = flow(num_blocks=1, depth=0)(torch.ones(1, 3, 8, 8), conditioning(1, length=1))
+    patches = z.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(16, -1)[1:]  # the first sees nothing
+    assert (torch.cdist(patches, patches) + torch.eye(15)).min() > 1e-3
+
+
+def test_attention_has_rotary_positions(monkeypatch):
+    """Without the added positions and without angles the order of earlier patches is not seen; with angles it is."""
+    monkeypatch.setattr(tarflow_module, "sinusoidal_positions", lambda *_: torch.zeros(()))
+    model, said, x = flow(num_blocks=1), conditioning(1), torch.randn(1, 3, 4, 4)
+    swapped = torch.cat([x[..., :2, :].roll(2, dims=3), x[..., 2:, :]], dim=2)
+
+    def difference() -> float:
+        with torch.no_grad():
+            return float((model(x, said)[0] - model(swapped, said)[0])[..., 2:, 2:].abs().max())
+
+    with_angles = difference()
+    monkeypatch.setattr(tarflow_module, "axial_angles", lambda h, w, features, _: torch.zeros(h * w, features // 2))
+    assert difference() < 1e-6 < 1e-3 < with_angles
 
 
 @torch.no_grad()
 def test_a_guide_combines_what_the_conditionings_say_of_each_patch():
     model, a, b = flow(num_blocks=2), conditioning(), conditioning()
-    z, shares = torch.randn(2, 3, 4, 4), []
-
-    def second(parameters: Tensor, share: float) -> Tensor:
-        shares.append(share)
-        return parameters.chunk(2)[1]
-
-    *_, guided = model.inverse_steps(z, a.cat(b), second)
+    z = torch.randn(2, 3, 4, 4)
+    *_, guided = model.inverse_steps(z, a.cat(b), lambda parameters: parameters.chunk(2)[1])
     torch.testing.assert_close(guided, model.inverse(z, b), atol=1e-5, rtol=0)
-    assert shares == pytest.approx([0, 1 / 3, 2 / 3, 1] * 2)
+    assert not torch.allclose(guided, model.inverse(z, a), atol=0.01)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

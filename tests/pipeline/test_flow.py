@@ -10,7 +10,7 @@ from carrara import keyed_random
 from carrara.network.conditioning import Conditioning
 from carrara.network.tarflow import FlowBlock
 from carrara.pipeline.flow import FlowToImage
-from tests.tiny import CAPTIONS, awake, flow_model, kl, tarflow
+from tests.tiny import CAPTIONS, awake, flow_model, kl, shift_and_scale, tarflow
 
 
 def pipeline(guidance_scale: float = 1.0, temperature: float = 1.0, **changes: Any) -> FlowToImage:
@@ -58,7 +58,12 @@ def test_the_flow_takes_a_picture_back_to_its_noise(temperature):
 
 
 def by_hand(
-    block: FlowBlock, z: Tensor, texts: Conditioning, nothing: Conditioning, scale: float, places: Any
+    block: FlowBlock,
+    z: Tensor,
+    texts: Conditioning,
+    nothing: Conditioning,
+    scale: float,
+    places: tuple[Tensor, Tensor],
 ) -> Tensor:
     """One forwards block's guided inverse, with all patches anew for every one, and no cache."""
     x = torch.zeros_like(z)
@@ -122,8 +127,8 @@ def test_the_noise_of_training_is_taken_away():
     m, s, sigma = 0.3, 0.4, 0.2
     network = tarflow(num_blocks=1)
     with torch.no_grad():
-        network.blocks[0].project_out.bias[:12] = m  # type: ignore[union-attr]
-        network.blocks[0].project_out.bias[12:] = 0.5 * math.log(s**2 + sigma**2)  # type: ignore[union-attr]
+        shift_and_scale(network)[:12] = m
+        shift_and_scale(network)[12:] = 0.5 * math.log(s**2 + sigma**2)
     made = FlowToImage(flow_model(network=network, noise_std=sigma).eval(), 8, 1.0, 1.0)
     kept: list[Tensor] = []
     found = pictures(made, [0, 1], on_step=lambda step, t, x, x0_hat: kept.append(x))

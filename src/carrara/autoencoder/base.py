@@ -58,6 +58,9 @@ class Autoencoder(nn.Module):
         """Of the noise that `training_pass` wants for a picture (3, height, width)."""
         raise NotImplementedError
 
+    def after_step(self) -> None:
+        """Called in training after each optimizer step's batch, on all ranks: for what is not learned by gradient."""
+
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Normalised latents: a sample of the posterior with standard normal `noise` (B, C, h, w), else its mean."""
         mean, logvar = self.posterior(images)

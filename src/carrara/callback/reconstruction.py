@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from carrara.autoencoder.base import Autoencoder
+from carrara.autoencoder.discrete import Discrete
 from carrara.autoencoder.shrunken import Enlarger
 from carrara.callback.score import Setting, prefix
+from carrara.metric.codebook_use import CodebookUse
 from carrara.metric.prompt_accuracy import Check, PromptAccuracy
 from carrara.metric.psnr import PSNR
 from carrara.model.base import Model
@@ -16,6 +18,7 @@ class Reconstruction:
     """Logs `val/psnr` and, where a parser reads the pictures, `val/reconstruction_accuracy`.
 
     Of what enlarges shrunken pictures also `val/psnr_bicubic`: bicubic enlargement's, which it has to beat.
+    Of a discrete auto-encoder also `val/codebook_use` and `val/codebook_perplexity`, over all the pictures' tokens.
 
     Args:
         num_images: pictures of each split; all if there are fewer.
@@ -38,11 +41,12 @@ class Reconstruction:
             name = prefix(split)
             psnr, bicubic = PSNR().to(setting.device), PSNR().to(setting.device)
             accuracy = None if self.check is None else PromptAccuracy(self.check).to(setting.device)
+            use = CodebookUse(autoencoder.num_codes).to(setting.device) if isinstance(autoencoder, Discrete) else None
             for chunk in setting.chunks(indices[: self.num_images], self.batch_size):
                 batch = setting.validation.take(chunk)
                 images = batch["images"].to(setting.device)
                 with setting.autocast():
-                    reconstruction = to_uint8(self._round_trip(autoencoder, images))
+                    reconstruction = to_uint8(self._round_trip(autoencoder, images.float() / 127.5 - 1, use))
                 psnr.update(reconstruction, images)
                 if isinstance(autoencoder, Enlarger):
                     bicubic.update(to_uint8(autoencoder.bicubic(images.float() / 127.5 - 1)), images)
@@ -56,11 +60,16 @@ class Reconstruction:
             scores[f"{name}num_images"] = float(min(self.num_images, len(indices)))
             if accuracy is not None:
                 scores[f"{name}reconstruction_accuracy"] = float(accuracy.compute()["all"])
+            if use is not None:
+                scores |= {f"{name}{key}": float(value) for key, value in use.compute().items()}
         return scores
 
-    def _round_trip(self, autoencoder: Autoencoder, images: Tensor) -> Tensor:
-        z = autoencoder.encode(images.float() / 127.5 - 1)
-        return autoencoder.decode(z)
+    def _round_trip(self, autoencoder: Autoencoder, images: Tensor, use: CodebookUse | None) -> Tensor:
+        if not isinstance(autoencoder, Discrete) or use is None:
+            return autoencoder.decode(autoencoder.encode(images))
+        tokens = autoencoder.tokens(images)
+        use.update(tokens)
+        return autoencoder.decode_tokens(tokens, *images.shape[2:])
 
     def _preview(self, images: Tensor, reconstruction: Tensor, captions: list[str], setting: Setting) -> None:
         if setting.samples_dir is None:

@@ -13,10 +13,11 @@ from carrara.command_line import quote_free_text, split_flags
 from carrara.config import Config, compose
 from carrara.data.decode import DecodeError, decode_image
 from carrara.errors import UserError
-from carrara.pipeline.base import Watch
+from carrara.pipeline.base import Pipeline, Watch
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
 from carrara.pipeline.source import Source
 from carrara.pipeline.text_to_image import TextToImage
+from carrara.pipeline.unclip import UnCLIP
 from carrara.precision import default_device
 from carrara.run_folder import find_run
 from carrara.sampling import load_weak, set_sampling
@@ -40,28 +41,20 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         return
     order = compose(conf_dir, NAME, overrides).config
     folder = find_run(str(order["run"]), Path(order["runs_dir"]))
-    prompts = [order["prompt"]] if isinstance(order["prompt"], str) else [str(p) for p in order["prompt"]]
     for key in ("count", "num_frames", "batch_size"):
         if not isinstance(order[key], int) or order[key] < 1:
             raise UserError(f"{key} must be a whole number from 1 on, not {order[key]!r}")
-    if not prompts:
-        raise UserError("prompt is an empty list: give at least one caption")
     config, model, modules = load_trained(folder)
-    if "pipeline" not in config:
-        raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a run that does")
     set_sampling(config, conf_dir, order)
     device = default_device()
     weak = None if order["weak"] is None else load_weak(str(order["weak"]), config, Path(order["runs_dir"]), device)[0]
     for module in (model, *modules.values()):
         module.to(device)
     pipeline = build_pipeline(config, modules, weak)(model)
-    source = _source(order, config["data"]["resolution"])
-    if source is not None:
-        if not isinstance(pipeline, TextToImage):
-            raise UserError(f"{config['name']} does not start from a picture: leave image out")
-        pipeline = replace(pipeline, source=source)
+    if not isinstance(pipeline, Pipeline):
+        raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a run that does")
+    pipeline, captions = _job(order, config, pipeline)
     watch = Watch(pipeline, order["num_frames"], _STRIP_ROWS)
-    captions = [prompt for prompt in prompts for _ in range(order["count"])]
     pictures = []
     for start in range(0, len(captions), order["batch_size"]):
         chunk = captions[start : start + order["batch_size"]]
@@ -75,15 +68,42 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     for k, image in enumerate(images):  # the name says the number, never the caption: it is not ours
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{k:04d}.png")
         (out / f"{k:04d}.txt").write_text(captions[k] + "\n", encoding="utf-8")
-    columns = order["count"] if len(prompts) > 1 else min(8, order["count"])
+    columns = order["count"] if len(captions) > order["count"] else min(8, order["count"])
     save_grid(out / "grid.png", images, columns, [{"caption": caption, "correct": None} for caption in captions])
-    if source is not None:
-        watch.frames[-1] = source.paste(watch.frames[-1])  # the last is the picture
+    if isinstance(pipeline, TextToImage) and pipeline.source is not None:
+        watch.frames[-1] = pipeline.source.paste(watch.frames[-1])  # the last is the picture
     if watch.frames:
         frames = torch.stack([to_uint8(frame) for frame in watch.frames])
         save_strip(out / "strip.png", frames, captions[:_STRIP_ROWS], watch.times)
     names = "grid.png and strip.png" if watch.frames else "grid.png"
     _log.info("%d pictures, %s in %s", len(images), names, out)
+
+
+def _job(order: Config, config: Config, pipeline: Pipeline) -> tuple[Pipeline, list[str]]:
+    """The pipeline with the pictures that it starts from, if any; and the caption of each picture that it is to make.
+
+    Raises:
+        UserError: no caption where one is needed, or a picture where none is.
+    """
+    resolution, count = config["data"]["resolution"], order["count"]
+    prompts = [order["prompt"]] if isinstance(order["prompt"], str) else [str(p) for p in order["prompt"] or []]
+    if isinstance(pipeline, UnCLIP) and order["image"] is not None:
+        paths = order["image"] if isinstance(order["image"], list) else [order["image"]]
+        if prompts or order["mask"] is not None or order["strength"] is not None or not 1 <= len(paths) <= 2:
+            raise UserError(
+                f"{config['name']} varies one picture, or goes from one to another: image=FILE or image=[FILE,FILE], "
+                "without prompt, mask and strength"
+            )
+        images = torch.stack([_picture("image", {"image": path}, resolution).float() / 127.5 - 1 for path in paths])
+        return pipeline.varying(images, count), [""] * count
+    if not prompts:
+        raise UserError("prompt is missing: prompt='a caption', or [several,of,them]")
+    source = _source(order, resolution)
+    if source is not None:
+        if not isinstance(pipeline, TextToImage):
+            raise UserError(f"{config['name']} does not start from a picture: leave image out")
+        pipeline = replace(pipeline, source=source)
+    return pipeline, [prompt for prompt in prompts for _ in range(count)]
 
 
 def _source(order: Config, resolution: int) -> Source | None:

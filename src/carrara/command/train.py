@@ -136,14 +136,11 @@ def _check_devices(config: Config) -> None:
 def _check_modules(config: Config) -> None:
     """What cannot be built, or does not fit, is told now, not after the parts are trained."""
     from carrara.architecture import check_fit, meta_modules
-    from carrara.autoencoder.base import Autoencoder
     from carrara.build import build_objective, build_pipeline, build_sampling, doubtful_start, stages_of
 
     modules, model = meta_modules(config)
     if "diffusion" in config:
-        objective, autoencoder = build_objective(config), modules["autoencoder"]
-        assert isinstance(autoencoder, Autoencoder)
-        doubt = doubtful_start(objective, build_sampling(config, autoencoder))
+        doubt = doubtful_start(build_objective(config), build_sampling(config, modules.get("autoencoder")))
         if doubt is not None:
             _log.warning("%s", doubt)
     if "corruption" in config:

@@ -1,12 +1,14 @@
 """What every conditioner promises."""
 
+from typing import Any
+
 from torch import nn
 
 from carrara.network.conditioning import Conditioning
 
 
 class Conditioner(nn.Module):
-    """Captions -> Conditioning. The empty caption is the unconditional case of guidance (Ho & Salimans 2022).
+    """As a rule captions -> Conditioning; the empty one is the unconditional case of guidance (Ho & Salimans 2022).
 
     Attributes:
         width: features of a token and of the pooled vector; the network's `context_width` and `pooled_width`.
@@ -16,5 +18,5 @@ class Conditioner(nn.Module):
         super().__init__()
         self.width = width
 
-    def forward(self, captions: list[str]) -> Conditioning:
+    def forward(self, captions: Any, /) -> Conditioning:
         raise NotImplementedError

@@ -94,6 +94,19 @@ class CLIP(nn.Module):
         device = self.log_temperature.device
         return self.text_projection(self.text_tower(ids.to(device), mask.to(device))[1])
 
+    @torch.no_grad()
+    def image_directions(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [−1, 1] -> their embeddings' directions (B, embedding_width), of mean square 1."""
+        return self._direction(self.embed_images(images))
+
+    @torch.no_grad()
+    def text_directions(self, captions: list[str]) -> Tensor:
+        """B captions -> their embeddings' directions (B, embedding_width), of mean square 1."""
+        return self._direction(self.embed_texts(captions))
+
+    def _direction(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(embeddings.float(), dim=1) * self.embedding_width**0.5
+
 
 def info_nce(image: Tensor, text: Tensor, log_temperature: Tensor) -> Tensor:
     """Symmetric InfoNCE over a batch of matching pairs (Radford et al. 2021, figure 3).

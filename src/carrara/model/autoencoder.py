@@ -78,6 +78,9 @@ class AutoencoderModel(Model):
             loss = loss + active * self.adversarial_weight * losses["generator"] + losses["discriminator"]
         return {"loss": loss} | losses
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.autoencoder.after_step()
+
     def _adversarial(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """Hinge losses (Lim & Ye 2017) of both players."""
         still = {name: p.detach() for name, p in discriminator.named_parameters()}

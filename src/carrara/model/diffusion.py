@@ -2,37 +2,30 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.diffusion.objective import Objective
-from carrara.model.base import Model, OptimizerFactory
-from carrara.model.conditioned import Conditioned
+from carrara.model.base import OptimizerFactory
+from carrara.model.denoising import DenoisingModel
 from carrara.network.caption_mean import CaptionMean
 from carrara.network.conditioning import Conditioning
 
 
-class DiffusionModel(Model):
-    """Latent diffusion (Rombach et al. 2022), trained by DDPM's Algorithm 1 with any schedule, target and times.
+class DiffusionModel(DenoisingModel):
+    """Latent diffusion (Rombach et al. 2022).
 
     Minimises the objective, and with a `caption_mean_weight` also the error of `CaptionMean`, from which the text
     learns the order of its objects much sooner (`experiments/README.md`). "loss" is the objective's value alone.
 
     Args:
-        network: the noise predictor, network(x, time, conditioning) -> like x.
-        conditioner: captions -> Conditioning, trained along unless it is frozen.
         autoencoder: frozen.
-        objective: from clean latents to a loss.
-        caption_dropout: probability of training on the empty caption (classifier-free guidance).
-        stratified: spread the times of a batch evenly over their distribution (Kingma et al. 2021, appendix I.1)
-            instead of drawing each by itself.
         caption_mean_weight: of that error; 0 builds no `CaptionMean`.
+        network, conditioner, objective, caption_dropout, stratified: see `DenoisingModel`.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
-    kind = "noise_predictor"
     autoencoder: Autoencoder
 
     def __init__(
@@ -50,40 +43,19 @@ class DiffusionModel(Model):
         max_steps: int,
         seed: int,
     ):
-        super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
-        self.predictor = Conditioned(network, conditioner)
+        super().__init__(
+            network, conditioner, objective, caption_dropout, stratified,
+            optimizer, warmup_steps, cooldown, max_steps, seed,
+        )  # fmt: skip
         autoencoder.requires_grad_(False)
         self.autoencoder = autoencoder.eval()
-        self.objective = objective
-        self.caption_dropout = caption_dropout
-        self.stratified = stratified
         self.caption_mean_weight = caption_mean_weight
         self.caption_mean = CaptionMean(autoencoder.latent_channels, conditioner.width) if caption_mean_weight else None
 
-    @property
-    def exported(self) -> nn.Module:
-        return self.predictor
+    def clean(self, batch: dict[str, Any]) -> Tensor:
+        return self.latents(batch, self.autoencoder)
 
-    @property
-    def hot(self) -> list[nn.Module]:
-        return [self.predictor.network]
-
-    def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
-        x0 = self.latents(batch, self.autoencoder)
-        training = u is None
-        drop = torch.zeros_like(batch["positions"], dtype=torch.bool)
-        if u is None:  # times and drops keyed by the position in the stream
-            u = self.spread(batch, "time") if self.stratified else self.uniform(batch, "time")
-            drop = self.uniform(batch, "caption_dropout") < self.caption_dropout
-        conditioning = self._conditioning(batch, drop)
-        eps = self.normal(batch, "noise", tuple(x0.shape[1:]))
-
-        predict = self.objective.predict(self.predictor.network, conditioning)
-        denoising = self.objective.loss(predict, x0, eps, u).mean()
-        if self.caption_mean is None or not training:
-            return {"loss": denoising}
+    def beside(self, denoising: Tensor, conditioning: Conditioning, x0: Tensor) -> dict[str, Tensor]:
+        if self.caption_mean is None:
+            return super().beside(denoising, conditioning, x0)
         return self.caption_mean.beside(denoising, self.caption_mean_weight, conditioning, x0)
-
-    def _conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
-        """What the network is told; of the empty caption where `drop` (B,) says so."""
-        return self.predictor.conditioning(batch, drop)

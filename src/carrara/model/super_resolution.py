@@ -53,11 +53,11 @@ class SuperResolutionModel(DiffusionModel):
         self.factor = factor
         self.max_augmentation = max_augmentation
 
-    def _conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
+    def conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
         small = shrink(self.images(batch), self.factor)
         s = self.max_augmentation * self.uniform(batch, "augmentation").to(small)
         eps = self.normal(batch, "augmentation_noise", tuple(small.shape[1:]))
-        return self.starting_from(super()._conditioning(batch, drop), small, s, eps)
+        return self.starting_from(super().conditioning(batch, drop), small, s, eps)
 
     def starting_from(self, texts: Conditioning, small: Tensor, s: Tensor, eps: Tensor) -> Conditioning:
         """What the network is told: texts, and small pictures (B, 3, h, w) noised with eps at times s (B,), enlarged.

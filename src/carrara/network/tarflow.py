@@ -15,8 +15,7 @@ from carrara.network.conditioning import Conditioning
 from carrara.network.dit import sinusoidal_positions
 from carrara.network.layers import Attention, RMSNorm, SwiGLU, axial_angles, zero_
 
-# (parameters (k · B, 1, 2D), share of the patches that are made, 0 … 1) -> parameters (B, 1, 2D)
-Guide = Callable[[Tensor, float], Tensor]
+Guide = Callable[[Tensor], Tensor]  # shifts and log-scales (k · B, 1, 2D) of a patch -> those to take (B, 1, 2D)
 
 
 class CausalBlock(nn.Module):
@@ -99,7 +98,7 @@ class FlowBlock(nn.Module):
             before = made[-1].repeat(copies, 1, 1)
             parameters = self._affine(before, positions[here], angles[here], conditioning, caches)
             if guide is not None:
-                parameters = guide(parameters, i / max(1, num_patches - 1))
+                parameters = guide(parameters)
             shift, log_scale = parameters.chunk(2, dim=-1)
             made.append(z[:, here] * torch.exp(log_scale) + shift)
         return self._turn(torch.cat(made[1:], dim=1), 1)

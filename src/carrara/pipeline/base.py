@@ -1,13 +1,14 @@
 """What every pipeline promises, and how to watch one."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 OnStep = Callable[[int, Tensor, Tensor, Tensor], None]  # (step, t, latents, estimate of the clean latents)
 
 
+@runtime_checkable
 class Pipeline(Protocol):
     """Captions to pictures: trained parts put together, and how to sample them.
 

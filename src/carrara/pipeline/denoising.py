@@ -11,7 +11,7 @@ from carrara import keyed_random
 from carrara.diffusion.guidance import Guidance, Pair, autoguidance, classifier_free
 from carrara.diffusion.sampler import Sampler
 from carrara.diffusion.thresholding import Thresholding, Unbounded
-from carrara.model.diffusion import DiffusionModel
+from carrara.model.denoising import DenoisingModel
 from carrara.network.conditioning import Conditioning
 from carrara.pipeline.base import OnStep
 from carrara.pipeline.source import Source
@@ -31,7 +31,7 @@ class Sampling:
     times: Tensor
     guidance: Guidance
     thresholding: Thresholding = field(default_factory=Unbounded)
-    weak: DiffusionModel | None = None
+    weak: DenoisingModel | None = None
 
     @property
     def num_steps(self) -> int:
@@ -63,7 +63,7 @@ class Draws:
 
 
 @torch.no_grad()
-def texts(model: DiffusionModel, captions: list[str], sampling: Sampling) -> tuple[Conditioning, Conditioning]:
+def texts(model: DenoisingModel, captions: list[str], sampling: Sampling) -> tuple[Conditioning, Conditioning]:
     """Captions as the model is told them, and what guidance leads away from; see `denoised`."""
     conditioner, weak = model.predictor.conditioner, sampling.weak
     negative = conditioner([""] * len(captions)) if weak is None else weak.predictor.conditioner(captions)
@@ -72,14 +72,14 @@ def texts(model: DiffusionModel, captions: list[str], sampling: Sampling) -> tup
 
 @torch.no_grad()
 def denoised(
-    model: DiffusionModel,
+    model: DenoisingModel,
     positive: Conditioning,
     negative: Conditioning,
     shape: tuple[int, ...],
     draws: Draws,
     sampling: Sampling,
     on_step: OnStep | None = None,
-    source: Source | None = None,
+    source: tuple[Source, Tensor] | None = None,
 ) -> Tensor:
     """Latents (B, *shape), float32.
 
@@ -90,7 +90,7 @@ def denoised(
         draws: their noise.
         sampling: how.
         on_step: told (step, t, latents, estimate of the clean latents) after every step.
-        source: a picture to start from instead of noise alone.
+        source: a picture to start from instead of noise alone, and its latent *shape.
     """
     objective, network, schedule = model.objective, model.predictor.network, model.objective.schedule
     noise = draws.of_shape(shape, positive.tokens.device)
@@ -105,9 +105,9 @@ def denoised(
     if source is None:
         z = schedule.prior_scale * noise()
     else:
-        times = source.rest_of(times)
-        z0 = model.autoencoder.encode(source.image.to(positive.tokens.device)[None]).float()
-        z0 = z0.expand(len(draws.positions), *shape)
+        picture, latent = source
+        times = picture.rest_of(times)
+        z0 = latent.expand(len(draws.positions), *shape)
         z = objective.add_noise(z0, noise(), times[0])
-        denoise = source.keeping(denoise, z0)
+        denoise = picture.keeping(denoise, z0)
     return sampling.sampler(denoise, z, schedule, times, noise, on_step)

@@ -76,7 +76,7 @@ class FlowToImage:
             return texts, None
         nothing = self.model.generator.conditioner([""] * len(texts.mask))
 
-        def guide(parameters: Tensor, share: float) -> Tensor:
+        def guide(parameters: Tensor) -> Tensor:
             positive, negative = parameters.chunk(2)
             return negative + self.guidance_scale * (positive - negative)
 

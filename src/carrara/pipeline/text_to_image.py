@@ -42,8 +42,11 @@ class TextToImage:
         """Of one picture a caption, (B, C, h, w) float32; arguments as of `Pipeline`."""
         positive, negative = texts(self.model, captions, self.sampling)
         shape = self.model.autoencoder.latent_shape(self.resolution, self.resolution)
-        draws = Draws(seed, torch.as_tensor(list(indices)))
-        return denoised(self.model, positive, negative, shape, draws, self.sampling, on_step, self.source)
+        draws, source = Draws(seed, torch.as_tensor(list(indices))), None
+        if self.source is not None:
+            image = self.source.image.to(positive.tokens.device)
+            source = self.source, self.model.autoencoder.encode(image[None])[0].float()
+        return denoised(self.model, positive, negative, shape, draws, self.sampling, on_step, source)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

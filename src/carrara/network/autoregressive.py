@@ -1,0 +1,142 @@
+"""One causal transformer over the tokens of a caption and then those of its picture.
+
+Ramesh et al. 2021, "Zero-shot text-to-image generation" (DALL-E), section 2.2, with the layers of `network/dit`:
+RMSNorm, SwiGLU, normalised queries and keys, rotary positions; and every token attends to all before it.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carrara.network.cache import Cache
+from carrara.network.dit import sinusoidal_positions
+from carrara.network.layers import Attention, RMSNorm, SwiGLU, axial_angles, rotary_angles, zero_
+from carrara.network.tokenizer import Tokenizer
+
+Choose = Callable[[Tensor, int], Tensor]  # (logits (n · B, num_codes) float32, place of the token) -> tokens (B,)
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention and feed-forward, each after a norm and around a skip."""
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attention = Attention(width, heads, qk_norm=True, norm=RMSNorm)
+        self.norm2 = RMSNorm(width)
+        self.feed_forward = SwiGLU(width, hidden)
+
+    def forward(self, x: Tensor, angles: Tensor, cache: Cache | None = None) -> Tensor:
+        """x (B, N, C), angles (N, C / heads / 2) of their positions -> (B, N, C); with a cache, x are the next N."""
+        x = x + self.attention(self.norm1(x), angles=angles, causal=True, cache=cache)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class TextImageTransformer(nn.Module):
+    """Logits of each token from those before it: max_length of the caption, then those of the picture, row by row.
+
+    Text and picture have vocabularies of their own. A short caption is filled up with padding that has a learned vector
+    for each position, and is attended to like words (Ramesh et al. 2021, appendix B.2). Words turn with their position,
+    the picture's tokens with row and column, of which sinusoidal features are added, too: see `DiT`.
+
+    Args:
+        vocab_size: most token ids of captions.
+        max_length: tokens of a caption, start, end and padding included; longer ones are cut.
+        num_codes: of the discrete auto-encoder.
+        width: features of a token; 4 must divide those of a head.
+        depth: number of blocks.
+        heads: attention heads.
+        expansion: hidden width of the feed-forward layers, in widths, rounded.
+    """
+
+    not_hidden = ("text_out", "image_out")
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_length: int,
+        num_codes: int,
+        width: int,
+        depth: int,
+        heads: int,
+        expansion: float,
+    ):
+        super().__init__()
+        if num_codes < 2:
+            raise ValueError(f"network.num_codes={num_codes}: take a discrete auto-encoder, autoencoder=vq or gumbel")
+        if width % heads or width // heads % 4:
+            raise ValueError(f"network.width={width} is not {heads} heads of 4, 8, 12 … features")
+        self.max_length = max_length
+        self.num_codes = num_codes
+        self.width = width
+        self.head_width = width // heads
+        self.tokenizer = Tokenizer(vocab_size, max_length)
+        self.words = nn.Embedding(vocab_size, width)
+        self.padding = nn.Parameter(0.5 * torch.randn(max_length, width))
+        self.codes = nn.Embedding(num_codes, width)
+        for table in (self.words, self.codes):
+            nn.init.normal_(table.weight, std=0.5)
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, round(expansion * width)) for _ in range(depth))
+        self.norm = RMSNorm(width)
+        self.text_out = zero_(nn.Linear(width, vocab_size))
+        self.image_out = zero_(nn.Linear(width, num_codes))
+
+    def read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """ids (B, max_length) int64 and mask (B, max_length) bool, False for padding, of B captions."""
+        ids, mask = self.tokenizer(captions)
+        rest = (0, self.max_length - ids.shape[1])
+        return F.pad(ids, rest).to(self.padding.device), F.pad(mask, rest).to(self.padding.device)
+
+    def forward(self, ids: Tensor, mask: Tensor, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """All logits in one pass.
+
+        Args:
+            ids, mask: of `read`.
+            tokens: of pictures, (B, h·w) int64, row by row.
+            grid: h and w.
+
+        Returns:
+            Of the caption's tokens but the first (B, max_length − 1, vocab_size), of the picture's (B, h·w, num_codes).
+        """
+        positions, angles = self._places(grid)
+        before = self.codes(tokens[:, :-1]) + positions[:-1]
+        x = torch.cat([self._caption(ids, mask), before], dim=1)
+        for block in self.blocks:
+            x = block(x, angles[:-1])
+        x = self.norm(x)
+        last = self.max_length - 1
+        return self.text_out(x[:, :last]), self.image_out(x[:, last:])
+
+    def sample(self, ids: Tensor, mask: Tensor, grid: tuple[int, int], choose: Choose) -> Tensor:
+        """Tokens of pictures (B, h·w), chosen one after the other; each goes through the network once.
+
+        Args:
+            ids, mask: of `read`, of B captions; or of n · B, to choose each token by the logits of n captions.
+            grid: h and w.
+            choose: is asked for each token, 0 … h·w − 1.
+        """
+        positions, angles = self._places(grid)
+        caches = [Cache(len(angles)) for _ in self.blocks]
+        x, at = self._caption(ids, mask), slice(0, self.max_length)
+        tokens: list[Tensor] = []
+        for place in range(len(positions)):
+            for block, cache in zip(self.blocks, caches, strict=True):
+                x = block(x, angles[at], cache)
+            token = choose(self.image_out(self.norm(x[:, -1])).float(), place)
+            tokens.append(token)
+            at = slice(at.stop, at.stop + 1)
+            x = (self.codes(token.repeat(len(ids) // len(token))) + positions[place])[:, None]
+        return torch.stack(tokens, dim=1)
+
+    def _caption(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, max_length, C)."""
+        return torch.where(mask[..., None], self.words(ids), self.padding)
+
+    def _places(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Features (h·w, C) of the picture's places, and angles (max_length + h·w, C / heads / 2) of all tokens."""
+        device = self.padding.device
+        text = rotary_angles(torch.arange(self.max_length, device=device), self.head_width)
+        positions = sinusoidal_positions(*grid, self.width, device).to(self.padding.dtype)
+        return positions, torch.cat([text, axial_angles(*grid, self.head_width, device)])
