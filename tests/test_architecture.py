@@ -51,6 +51,7 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
         "evaluator",
         "classifier",
         "language_model",
+        "restoration",
     ],
 )
 @pytest.mark.parametrize("size", ["demo", "small", "base"])
@@ -92,6 +93,13 @@ def test_a_conditioner_without_its_language_model_is_refused():
 def test_a_network_that_does_not_fit_is_refused(key):
     config = compose(CONF, "train", [f"network.{key}", "size=demo"]).config
     with pytest.raises(UserError, match=r"does not fit latents of \(4, 8, 8\) and captions of width 128"):
+        check_fit(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("key", ["in_channels=4", "context_width=77"])
+def test_a_restoration_that_does_not_fit_pictures_is_refused(key):
+    config = compose(CONF, "train", ["model=restoration", f"network.{key}"]).config
+    with pytest.raises(UserError, match=r"does not fit latents of \(3, 32, 32\)"):
         check_fit(config, meta_modules(config)[0])
 
 

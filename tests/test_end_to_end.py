@@ -354,6 +354,24 @@ def test_a_classifier_is_trained_on_labels_and_judges(workplace: tuple[Path, Pat
     assert done.returncode == 2 and "samples nothing" in done.stderr
 
 
+def test_a_restoration_is_trained_on_noisy_pictures_and_cleans_shards(workplace: tuple[Path, Path]) -> None:
+    cwd, folder = workplace
+    small = [a for a in TINY if a.startswith(("trainer.", "data.", "logger.", "size.evaluation"))]
+    small += ["model=restoration", "corruption=text", "trainer.max_steps=2", "trainer.batch_size=8"]
+    done = run("train.py", *small, "network.channels=[8,16]", "network.attention=[false,true]", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    restoration = max((cwd / "runs" / "restoration-shapes").iterdir())
+    assert last(restoration, "val/psnr") > 0 and last(restoration, "val/noisy_psnr") > 0
+    assert "Denoised" in (restoration / "report.html").read_text()
+    card = json.loads((restoration / "scores.json").read_text())
+    assert card["fingerprint"]["sampling"]["corruption"]["share"] == 0.25
+    order = ["do=restore", f"out={cwd / 'restored'}"]
+    done = run("shards.py", *order, f"part.restoration={restoration}", cwd=cwd)
+    assert done.returncode == 0 and "1 of 1 shards made now" in done.stdout, done.stderr
+    done = run("shards.py", *order, f"part.restoration={folder}", cwd=cwd)
+    assert done.returncode == 2 and "of kind noise_predictor, where kind restoration is needed" in done.stderr
+
+
 def test_dalle_learns_tokens_and_is_sampled_in_its_own_way(workplace: tuple[Path, Path]) -> None:
     """A discrete auto-encoder is trained first; the evaluator is there, and ranks the pictures."""
     cwd, _ = workplace

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "carrara"
 
 FOUNDATION = {"divergence", "errors", "keyed_random", "signals"}
 PARTS = {"autoencoder", "classifier", "conditioner", "evaluator", "language_model"}  # siblings: none imports another
-BELOW_PIPELINE = FOUNDATION | {"diffusion", "network", "data", "metric", "model"} | PARTS
+BELOW_PIPELINE = FOUNDATION | {"corruption", "diffusion", "network", "data", "metric", "model"} | PARTS
 BELOW_COMMANDS = {"component", "config", "published", "pipeline", "callback", "search"}
 COMMANDS = {
     "architecture", "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report",
@@ -29,11 +29,12 @@ ALLOWED: dict[str, set[str]] = {
     "keyed_random": set(),
     "divergence": set(),
     "diffusion": set(),
+    "corruption": FOUNDATION,
     "network": FOUNDATION,
     "data": FOUNDATION,
     "metric": FOUNDATION,
     **{part: FOUNDATION | {"network"} for part in PARTS},
-    "model": FOUNDATION | PARTS | {"network", "diffusion"},
+    "model": FOUNDATION | PARTS | {"corruption", "network", "diffusion"},
     "config": FOUNDATION,
     "component": FOUNDATION | {"config"},  # a part on disk holds a config and is built from it
     "published": FOUNDATION | {"autoencoder", "conditioner", "network", "config", "component"},

@@ -154,7 +154,8 @@ def make_run(root: Path, epochs: int = 6, attack: bool = False) -> Path:
         write_grid(samples, f"epoch={epoch:04d}", tiles, list(entries), 8)
     pairs = [shape_picture(index // 2, 1.0 if index % 2 == 0 else 0.93) for index in range(16)]
     write_grid(samples, f"reconstruction={epochs - 1:04d}", pairs, [{"caption": c} for c in captions[:8]], 4)
-    write_grid(samples, f"denoising={epochs - 1:04d}", pairs, [{"caption": c} for c in captions[:8]], 4)
+    triples = [shape_picture(index // 3, (0.5, 0.93, 1.0)[index % 3]) for index in range(24)]
+    write_grid(samples, f"denoising={epochs - 1:04d}", triples, [{"caption": c} for c in captions[:8]], 9)
     steps = 12
     strip = Image.new("RGB", (steps * TILE, 4 * TILE))
     for row in range(4):

@@ -19,7 +19,8 @@ from carrara.autoencoder.kl import KL
 from carrara.autoencoder.vq import VQ
 from carrara.callback.score import Setting
 from carrara.classifier.cnn import CNN
-from carrara.conditioner.text import Text
+from carrara.conditioner.text import Text, Unconditional
+from carrara.corruption.noise import Gaussian
 from carrara.data.validation import ValidationSet
 from carrara.diffusion.guidance import Guidance
 from carrara.diffusion.objective import Objective
@@ -40,6 +41,7 @@ from carrara.model.evaluator import EvaluatorModel
 from carrara.model.flow import FlowModel
 from carrara.model.language_model import LanguageModelModel
 from carrara.model.optimizer import Muon, sgd
+from carrara.model.restoration import RestorationModel
 from carrara.network.autoregressive import TextImageTransformer
 from carrara.network.dit import DiT
 from carrara.network.tarflow import FlowBlock, TarFlow
@@ -365,6 +367,21 @@ def language_model_model(objective: str, **changes: Any) -> LanguageModelModel:
         "seed": 0,
     }
     return LanguageModelModel(**settings | changes)
+
+
+def restoration_model(**changes: Any) -> RestorationModel:
+    settings: dict[str, Any] = {
+        "network": unet(learned_positions=False),
+        "conditioner": Unconditional(8),
+        "corruption": Gaussian(0.3, 0),
+        "target": "noisy",
+        "optimizer": MUON,
+        "warmup_steps": 0,
+        "cooldown": 0.0,
+        "max_steps": 100,
+        "seed": 0,
+    }
+    return RestorationModel(**settings | changes)
 
 
 def trainer(folder: Path, *callbacks: lightning.Callback, max_steps: int, **changes: Any) -> lightning.Trainer:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from carrara.autoencoder.base import Autoencoder
+from carrara.autoencoder.identity import Identity
 from carrara.build import ARCHITECTURES, read_language_model
 from carrara.conditioner.base import Conditioner
 from carrara.config import Config, build
@@ -39,7 +40,7 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], Model]:
 
 
 def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
-    """Calls a noise predictor once on shapes without numbers.
+    """Calls a noise predictor, or a network that restores, once on shapes without numbers.
 
     Args:
         config: of the run.
@@ -48,9 +49,13 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         UserError: it does not fit the latents, or the conditioner's tokens.
     """
-    if "diffusion" not in config or "autoencoder" not in modules:
+    if "corruption" in config:
+        autoencoder: nn.Module = Identity()  # pictures are restored as they are
+    elif "diffusion" in config and "autoencoder" in modules:
+        autoencoder = modules["autoencoder"]
+    else:
         return
-    network, autoencoder, conditioner = (modules[name] for name in ("network", "autoencoder", "conditioner"))
+    network, conditioner = modules["network"], modules["conditioner"]
     assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
     data, width = config["data"], conditioner.width
     for height_px, width_px in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):

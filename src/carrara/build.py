@@ -13,7 +13,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.callback.checkpoint_file import newest_valid
 from carrara.callback.ema import trainable
 from carrara.callback.score import Score
-from carrara.component import load_component, read_component
+from carrara.component import CONDITIONED, load_component, read_component
 from carrara.conditioner.pretrained import Pretrained
 from carrara.config import Config, build
 from carrara.data.cached import Facts, check_facts
@@ -105,6 +105,8 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
     available: dict[str, Any] = dict(modules)
     if "diffusion" in config:
         available["objective"] = build_objective(config)
+    if "corruption" in config:
+        available["corruption"] = build(config["corruption"])
     model_class = build({"_target_": node["_target_"], "_partial_": True})
     rest = {name: value for name, value in available.items() if name not in node}
     return build(node, **_wanted(model_class, rest)), modules
@@ -200,7 +202,7 @@ def latent_facts(autoencoder: Path, decoding: Decoding) -> Facts:
 
 def exported_config(config: Config, kind: str) -> Config:
     """The node a run's exported part is built from."""
-    if kind not in ("noise_predictor", "generator"):
+    if kind not in CONDITIONED:
         return dict(config[kind])
     return {
         "_target_": "carrara.model.conditioned.Conditioned",

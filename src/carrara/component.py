@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONFIG, WEIGHTS, CARD = "config.yaml", "weights.safetensors", "card.json"
-_PACKAGES = dict.fromkeys(("noise_predictor", "generator"), ("model", "network", "conditioner"))
+CONDITIONED = ("noise_predictor", "generator", "restoration")
+"""Kinds that are a network and a conditioner."""
+_PACKAGES = dict.fromkeys(CONDITIONED, ("model", "network", "conditioner"))
 """Of other kinds it is the kind's own."""
 
 

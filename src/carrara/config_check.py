@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from carrara.errors import UserError
 
 PACKAGES = (
-    "autoencoder", "callback", "classifier", "conditioner", "data", "diffusion",
+    "autoencoder", "callback", "classifier", "conditioner", "corruption", "data", "diffusion",
     "evaluator", "language_model", "metric", "model", "network", "pipeline",
 )  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")

@@ -8,6 +8,7 @@ whatever device the positions live on.
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ def _bits(seed: int, positions: Tensor, purpose: str, count: int) -> Tensor:
     stream = _mix(_mix(positions.long() * _GOLDEN + key) ^ key)
     counter = torch.arange(1, count + 1, device=positions.device, dtype=torch.int64)
     return _mix(stream[:, None] + counter * _GOLDEN)
+
+
+def positions_of(keys: Sequence[str]) -> Tensor:
+    """(B,) int64 to draw by in place of positions in the stream: hashes of samples' keys, the same at every visit."""
+    hashes = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8] for key in keys]
+    return torch.tensor([int.from_bytes(one, "little", signed=True) for one in hashes], dtype=torch.int64)
 
 
 def uniform(seed: int, positions: Tensor, purpose: str, shape: tuple[int, ...] = ()) -> Tensor:

@@ -228,7 +228,7 @@ def render(run_dir: Path) -> str:
         samples=samples[::-1],
         strip=strip,
         reconstructions=read_previews(run_dir / "samples", "reconstruction", width=2)[::-1],
-        denoised=read_previews(run_dir / "samples", "denoising", width=2)[::-1],
+        denoised=read_previews(run_dir / "samples", "denoising", width=3)[::-1],
         charts=charts(metrics),
         epochs=epoch_table(metrics),
         parts=parts(run_dir, config),

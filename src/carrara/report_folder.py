@@ -188,7 +188,8 @@ def _read_preview(path: Path, epoch: int, width: int) -> Preview | None:
 def read_previews(samples: Path, kind: str, width: int = 1) -> list[Preview]:
     """The grids `<kind>=<number>.png` in order, thinned to MAX_EPOCHS with the first and the last kept.
 
-    `width` neighbouring tiles make one picture: 1 for samples, 2 for pairs (original, reconstruction).
+    `width` neighbouring tiles make one picture: 1 for samples, 2 for pairs (original, reconstruction), 3 for
+    noisy picture, estimate and original.
     """
     named = ((re.fullmatch(rf"{kind}=(\d+)\.png", path.name), path) for path in samples.glob(f"{kind}=*.png"))
     found = sorted((int(match[1]), path) for match, path in named if match)

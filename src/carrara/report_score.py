@@ -58,7 +58,7 @@ SCORES: dict[str, Score] = {
     "prompt_accuracy/background": _share("Backgrounds"),
     "psnr": Score(
         "PSNR",
-        "How close a picture comes back from the auto-encoder. 30 dB is good, 40 dB hard to tell apart.",
+        "How close a picture comes back from the auto-encoder, or from noise. 30 dB is good, 40 dB hard to tell apart.",
         better="higher",
         unit="dB",
         few=64,

@@ -29,6 +29,8 @@ def score_card(
     sampling = None
     if diffusion is not None:
         sampling = {key: diffusion[key] for key in SAMPLING} | {"weak": weak, "likelihood_steps": likelihood_steps}
+    if "corruption" in config:
+        sampling = {"corruption": config["corruption"]}
     if "pipeline" in config:
         part = config.get("part") or {}
         stages = {name: read_component(Path(part[name])).card["sha256"] for name in STAGES if part.get(name)}

@@ -265,7 +265,8 @@ def test_a_sample_whose_cache_was_made_with_something_else_is_left_out(make, par
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["out=null"], "out=FOLDER and part"),
+        (["out=null"], "out=FOLDER: where the shards of do=cache go"),
+        (["part.autoencoder=null"], "part.autoencoder=…"),
         (["data.flip=true"], r"data\.flip, "),
         (["dtype=int8"], "dtype=int8 is not known"),
         (["conditioner=text"], "only frozen text encoders"),

@@ -1,75 +1,39 @@
 """`python shards.py do=cache`: shards that hold, beside each picture, what frozen parts make of it."""
 
 import json
-import logging
-import os
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from webdataset import TarWriter
 
 from carrara.autoencoder.base import Autoencoder
 from carrara.build import latent_facts
+from carrara.command.rewrite import Members, rewrite, source
 from carrara.component import load_component
 from carrara.conditioner.pretrained import Pretrained
 from carrara.config import Config, build
 from carrara.data.cached import SUFFIX, Cached, Facts, pack
-from carrara.data.decode import DecodeError
-from carrara.data.module import ShardData
-from carrara.data.reader import Sample, Samples
-from carrara.data.shard_index import CAPTION, IMAGE, JSON, scan
+from carrara.data.reader import Sample
+from carrara.data.shard_index import scan
 from carrara.errors import UserError
 from carrara.parts import find_component
 from carrara.precision import default_device
 
-_log = logging.getLogger(__name__)
-
 
 def cache(order: Config) -> None:
-    """Writes a shard into `out` for each of `data.urls`; those that are there already, made alike, are left.
-
-    The same command on other machines that share the folder takes other shards.
+    """Writes a shard into `out` for each of `data.urls`, see `rewrite`.
 
     Raises:
         UserError: a mistake in the command, or shards in `out` that were made with something else.
     """
-    if order["out"] is None or order["part"]["autoencoder"] is None:
-        raise UserError("out=FOLDER and part.autoencoder=…: where the shards go, and which auto-encoder encodes them")
-    node = order["data"]
-    if node["flip"] or node["crop"] == "random" or node["bucket_aspect"] != 1:
-        raise UserError("data.flip, data.crop=random and data.bucket_aspect do not go with a cache: leave them out")
+    if order["part"]["autoencoder"] is None:
+        raise UserError("part.autoencoder=…: the auto-encoder that encodes the pictures of do=cache")
     folder = find_component(str(order["part"]["autoencoder"]), "autoencoder", Path(order["runs_dir"]))
-    data: ShardData = build({key: value for key, value in node.items() if key not in ("make", "root")})
+    data = source(order)
     encoder = _Encoder.load(folder, order, latent_facts(folder, data.decoding))
-    out = Path(order["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    skipped: Counter[str] = Counter()
-    made = 0
-    samples = Samples(data.samples().reader, data.decoding)
-    names = [shard.name for shard in data.manifest.shards]
-    if len(set(names)) < len(names):
-        raise UserError("data.urls: two shards have the same name, and would be one in out")
-    for number, shard in enumerate(data.manifest.shards):
-        target = out / shard.name
-        try:
-            with FileLock(out / f".{shard.name}.lock", timeout=0):
-                if target.exists():
-                    _check_alike(target, encoder.facts)
-                    continue
-                ids = np.arange(*data.manifest.starts[number : number + 2])[data.eligible_in(number)]
-                _write(target, samples, ids.tolist(), encoder, order["batch_size"], skipped)
-                made += 1
-        except Timeout:
-            _log.info("%s is being made by another process", target)
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in (data.reasons + skipped).most_common())
-    print(f"{made:,} of {len(names):,} shards made now, in {out}; samples left out: {reasons or 'none'}")
+    rewrite(data, Path(order["out"]), encoder, order["batch_size"], lambda shard: _check_alike(shard, encoder.facts))
 
 
 @dataclass(frozen=True)
@@ -96,8 +60,8 @@ class _Encoder:
         )
 
     @torch.no_grad()
-    def __call__(self, samples: list[Sample]) -> Iterator[bytes]:
-        """The member of each."""
+    def __call__(self, samples: list[Sample], originals: list[Members]) -> Iterator[Members]:
+        """Each as it is, with one member more."""
         autoencoder = self.autoencoder
         pixels = torch.from_numpy(np.stack([sample.image for sample in samples])).to(autoencoder.latent_mean.device)
         mean, logvar = autoencoder.posterior(pixels.float() / 127.5 - 1)
@@ -105,56 +69,12 @@ class _Encoder:
         mean = (mean - autoencoder.latent_mean[:, None, None]) / scale
         std = (0.5 * logvar).exp() / scale
         encoded = None if self.text is None else self.text([sample.caption for sample in samples])
-        for k in range(len(samples)):
+        for k, original in enumerate(originals):
             cached = Cached(mean[k].cpu().numpy(), std[k].cpu().numpy())
             if encoded is not None:
                 tokens = encoded.tokens[k][encoded.mask[k]].cpu().numpy()
                 cached = cached._replace(tokens=tokens, pooled=encoded.pooled[k].cpu().numpy())
-            yield pack(cached, self.facts)
-
-
-def _write(
-    target: Path, samples: Samples, ids: list[int], encoder: _Encoder, batch_size: int, skipped: Counter[str]
-) -> None:
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".partial", delete=False) as file:
-        try:
-            _fill(file, samples, ids, encoder, batch_size, skipped)
-            os.replace(file.name, target)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
-def _fill(
-    file: IO[bytes], samples: Samples, ids: list[int], encoder: _Encoder, batch_size: int, skipped: Counter[str]
-) -> None:
-    with TarWriter(file, encoder=False, mtime=0) as tar:
-        for start in range(0, len(ids), batch_size):
-            good: list[tuple[int, Sample]] = []
-            for number in ids[start : start + batch_size]:
-                try:
-                    good.append((number, samples.load(number)))
-                except DecodeError as error:
-                    skipped[error.reason] += 1
-            if not good:
-                continue
-            for (number, sample), member in zip(good, encoder([one for _, one in good]), strict=True):
-                row = {"__key__": sample.key.partition("/")[2], **_members(samples, number)}
-                tar.write(row | {SUFFIX.removeprefix("."): member})
-
-
-def _members(samples: Samples, number: int) -> dict[str, bytes]:
-    """The sample's own."""
-    picture = samples.reader.read(number, IMAGE)
-    suffix = "png" if picture[:4] == b"\x89PNG" else "webp" if picture[8:12] == b"WEBP" else "jpg"
-    found = {suffix: picture}
-    caption, facts = samples.reader.read(number, CAPTION), samples.reader.read(number, JSON)
-    name = samples.decoding.caption
-    if name is not None and name.startswith("."):
-        found[name.removeprefix(".")] = caption
-    if facts:
-        found["json"] = facts
-    return found
+            yield original | {SUFFIX.removeprefix("."): pack(cached, self.facts)}
 
 
 def _check_alike(target: Path, facts: Facts) -> None:

@@ -1,9 +1,10 @@
-"""`python shards.py do=make|inspect|doctor`: writes shards, says what is in them, and what is wrong."""
+"""`python shards.py do=…`: writes shards and says what is in them, what is wrong, and where something is."""
 
 from pathlib import Path
 from typing import Any
 
 from carrara.command.cache import cache
+from carrara.command.restore import corrupt, restore
 from carrara.command.search import search
 from carrara.command_line import RunFailed, quote_free_text, show_error, split_flags
 from carrara.config import build, compose
@@ -29,7 +30,10 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         print((conf_dir / f"{NAME}.yaml").read_text())
         return
     order = compose(conf_dir, NAME, overrides).config
-    actions = {"make": _make, "inspect": _inspect, "doctor": _doctor, "search": search, "cache": cache}
+    actions = {
+        "make": _make, "inspect": _inspect, "doctor": _doctor, "search": search, "cache": cache, "restore": restore,
+        "corrupt": corrupt,
+    }  # fmt: skip
     if order["do"] not in actions:
         raise UserError(f"do={order['do']} is not known; it is {', '.join(actions)}")
     actions[order["do"]](order)

@@ -147,6 +147,8 @@ def _check_modules(config: Config) -> None:
         doubt = doubtful_start(build_objective(config), build_sampling(config, modules.get("autoencoder")))
         if doubt is not None:
             _log.warning("%s", doubt)
+    if "corruption" in config:
+        build(config["corruption"])
     if "pipeline" in config and not stages_of(config):  # they may not be trained yet
         build_pipeline(config, modules)(model)
     check_fit(config, modules)

@@ -29,7 +29,7 @@ def save_grid(path: Path, images: Tensor, columns: int, captions: list[dict[str,
 
     Args:
         images: uint8 (N, 3, R, R).
-        captions: {"caption", "correct"} of each picture, or of each pair of neighbours.
+        captions: {"caption", "correct"} of each picture, or of each pair or triple of neighbours.
     """
     columns = min(columns, len(images))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,85 @@
+"""Does learning to restore need clean pictures (Lehtinen et al. 2018), and what are restored ones worth to diffusion?
+
+`python -m experiments.noise2noise` prints the two tables of experiments/README.md: PSNR of restored pictures by what
+they were learned from, and scores, against clean pictures, of the demo's latent U-Net trained on noisy, restored and
+clean shards. More arguments go to every training: `trainer.max_steps=2`, say, only to see that all of it runs.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from carrara.run_folder import load_config
+from experiments.tools import ROOT, RUNS, last_scores, spread, table, trained
+
+CORRUPTIONS, TARGETS, SEEDS = ("gaussian", "text"), ("clean", "noisy", "self"), (0, 1, 2)
+COLUMNS = ("fd_evaluator", "clip_score", "prompt_accuracy/all")
+NAME = "noise2noise"
+
+
+def written(do: str, label: str, overrides: Sequence[str]) -> Path:
+    """The folder of the shards that `shards.py do=…` makes of the shapes, or of `overrides`' data."""
+    out = RUNS / NAME / "shards" / label
+    command = [sys.executable, str(ROOT / "shards.py"), f"do={do}", *overrides, f"out={out}"]
+    subprocess.run(command, check=True)
+    return out
+
+
+def restorations(more: Sequence[str]) -> dict[str, Path]:
+    """Prints what every target comes to; the runs with noisy targets and the first seed, by corruption."""
+    rows, found = [], {}
+    for corruption in CORRUPTIONS:
+        for target in TARGETS:
+            runs = [
+                trained(
+                    NAME,
+                    f"{corruption}-{target}-{seed}",
+                    [f"experiment={NAME}", f"corruption={corruption}", f"model.target={target}", f"seed={seed}", *more],
+                )
+                for seed in SEEDS
+            ]
+            scores = [last_scores(run) for run in runs]
+            columns = [spread([one[f"val/{name}"] for one in scores], 2) for name in ("noisy_psnr", "psnr")]
+            rows.append([corruption, target, *columns])
+            if target == "noisy":
+                found[corruption] = runs[0]
+    print(table(["corruption", "target", "PSNR, noisy", "PSNR, restored"], rows), end="\n\n", flush=True)
+    return found
+
+
+def diffusion(restoration: dict[str, Path], more: Sequence[str]) -> None:
+    """Prints scores of diffusion models by the shards they were trained on; all are judged on clean pictures."""
+    shapes = ["model=latent_unet", "callback.score.num_images=512", "seed=0", *more]
+    clean = trained(NAME, "diffusion-clean", shapes)
+    config = load_config(clean)
+    evaluator = f"part.evaluator={config['part']['evaluator']}"  # the one that knows clean pictures judges all
+    rows = [["clean", "", *_row(clean)]]
+    for corruption in CORRUPTIONS:
+        noisy = written("corrupt", f"{corruption}-noisy", [f"corruption={corruption}"])
+        urls = f"data.urls={noisy}/*.tar"
+        kinds = {
+            "restored": written(
+                "restore", f"{corruption}-restored", [urls, f"part.restoration={restoration[corruption]}"]
+            ),
+            "noisy": noisy,
+        }
+        for kind, folder in kinds.items():
+            # data.make=null: these shards are not made by train.py; the validation shards stay the clean ones
+            data = ["data.make=null", f"data.urls={folder}/*.tar"]
+            run = trained(NAME, f"diffusion-{corruption}-{kind}", [*shapes, evaluator, *data])
+            rows.append([kind, corruption, *_row(run)])
+    print(table(["trained on", "corruption", *COLUMNS], rows))
+
+
+def _row(run: Path) -> list[str]:
+    scores = last_scores(run)
+    return [f"{scores[f'val/{name}']:.3f}" for name in COLUMNS]
+
+
+def main(more: Sequence[str]) -> None:
+    diffusion(restorations(more), more)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,111 @@
+"""`python shards.py do=restore|corrupt`: shards of restored pictures, or of noisy ones to try that on."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+
+from carrara.command.rewrite import Members, Rewrite, rewrite, source
+from carrara.component import load_component, read_component
+from carrara.config import Config, build
+from carrara.corruption.base import Corruption
+from carrara.data.reader import Decoding, Sample
+from carrara.errors import UserError
+from carrara.model.conditioned import Conditioned
+from carrara.model.restoration import restored
+from carrara.parts import find_component
+from carrara.pipeline.pictures import to_uint8
+from carrara.precision import default_device
+
+_CARD = "made_by.json"
+_PICTURES = ("jpg", "png", "webp")
+
+
+def restore(order: Config) -> None:
+    """Writes a shard into `out` for each of `data.urls`: pictures restored, captions and JSON as they are.
+
+    Raises:
+        UserError: a mistake in the command, or a folder `out` that holds something else.
+    """
+    if order["part"]["restoration"] is None:
+        raise UserError("part.restoration=…: the part or run of model=restoration that restores the pictures")
+    folder = find_component(str(order["part"]["restoration"]), "restoration", Path(order["runs_dir"]))
+    data = source(order)
+    config = read_component(folder).config
+    trained = config["network"].get("resolution", data.decoding.resolution)
+    if trained != data.decoding.resolution:
+        raise UserError(f"{folder} restores pictures of {trained} × {trained}: pass data.resolution={trained}")
+    part = load_component(folder, "restoration")[0].to(default_device())
+    assert isinstance(part, Conditioned)
+    facts = {"restoration": read_component(folder).card["sha256"]}
+
+    def pictures(images: Tensor, samples: list[Sample]) -> Tensor:
+        return restored(part, images)
+
+    _begin(Path(order["out"]), _facts(order, facts, data.decoding))
+    rewrite(data, Path(order["out"]), _anew(pictures), order["batch_size"])
+
+
+def corrupt(order: Config) -> None:
+    """The same with the version 0 of the pictures that `corruption` makes, which `model=restoration` is shown.
+
+    Raises:
+        UserError: as `restore`.
+    """
+    data = source(order)
+    corruption = build(order["corruption"])
+    assert isinstance(corruption, Corruption)
+
+    def pictures(images: Tensor, samples: list[Sample]) -> Tensor:
+        return corruption(images, [sample.key for sample in samples], 0)
+
+    _begin(Path(order["out"]), _facts(order, {"corruption": order["corruption"]}, data.decoding))
+    rewrite(data, Path(order["out"]), _anew(pictures), order["batch_size"])
+
+
+def _anew(pictures: Callable[[Tensor, list[Sample]], Tensor]) -> Rewrite:
+    """Writes pictures in [−1, 1] that are made of pictures in [−1, 1] and their samples; the rest stays."""
+
+    @torch.no_grad()
+    def anew(samples: list[Sample], originals: list[Members]) -> Iterator[Members]:
+        images = torch.from_numpy(np.stack([sample.image for sample in samples])).to(default_device())
+        made = to_uint8(pictures(images.float() / 127.5 - 1, samples)).permute(0, 2, 3, 1).cpu().numpy()
+        for picture, original in zip(made, originals, strict=True):
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "PNG", compress_level=1)
+            yield {"png": file.getvalue()} | {key: data for key, data in original.items() if key not in _PICTURES}
+
+    return anew
+
+
+def _facts(order: Config, facts: Config, decoding: Decoding) -> Config:
+    return {"do": order["do"], **facts, "resolution": decoding.resolution, "crop": decoding.crop}
+
+
+def _begin(out: Path, facts: Config) -> None:
+    """Notes in `out` what is made there, or finds it noted.
+
+    Raises:
+        UserError: shards lie there that were made with something else, or are somebody's own.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    card = out / _CARD
+    with FileLock(out / f".{_CARD}.lock"):
+        try:
+            found = json.loads(card.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            found = None if any(out.glob("*.tar")) else facts
+        except ValueError:
+            found = None
+        if found != facts:
+            raise UserError(f"{out} holds shards that were made with something else: remove them, or take another out")
+        temporary = out / f".{_CARD}.partial"
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, card)

@@ -1,0 +1,1 @@
+"""What damages pictures: noise and text over them, for learning to take it away again."""

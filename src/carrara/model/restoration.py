@@ -1,0 +1,98 @@
+"""Training a network that takes noise away, from noisy pictures alone."""
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carrara.conditioner.base import Conditioner
+from carrara.corruption.base import Corruption, as_stored
+from carrara.model.base import Model, OptimizerFactory
+from carrara.model.conditioned import Conditioned
+
+Target = Literal["noisy", "clean", "self"]
+_SPACING = 4  # pixels from one masked pixel to the next
+_AROUND = ((0.5, 1.0, 0.5), (1.0, 0.0, 1.0), (0.5, 1.0, 0.5))
+
+
+class RestorationModel(Model):
+    """Minimises the distance of the restored picture from another noisy version of it (Lehtinen et al. 2018).
+
+    The network is shown version 0 of a picture, as a file holds it. Both versions are fixed by the picture's key, as
+    if it had been taken twice; there are no more of them, however often it is visited. The distance is the squared
+    error, or the absolute error where the corruption leaves not the mean but the median in its place; targets are not
+    cut off at black and white, which would move their mean.
+
+    Args:
+        network: network(x, time, conditioning) -> like x, at time 0.
+        conditioner: of the empty caption.
+        corruption: what makes the noisy versions.
+        target: `noisy`: version 1. `clean`: the picture itself. `self`: version 0 itself at masked pixels, which the
+            network does not see (Batson & Royer 2019, "Noise2Self", section 3; Krull et al. 2019, "Noise2Void").
+        optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
+    """
+
+    kind = "restoration"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        conditioner: Conditioner,
+        corruption: Corruption,
+        target: Target,
+        optimizer: OptimizerFactory,
+        warmup_steps: int,
+        cooldown: float,
+        max_steps: int,
+        seed: int,
+    ):
+        super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
+        if target not in get_args(Target):
+            raise ValueError(f"model.target={target} is not known; it is {', '.join(get_args(Target))}")
+        self.restoration = Conditioned(network, conditioner)
+        self.corruption = corruption
+        self.target = target
+
+    @property
+    def hot(self) -> list[nn.Module]:
+        return [self.restoration.network]
+
+    def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
+        clean = self.images(batch)
+        version = self.corruption(clean, batch["keys"], 0)
+        noisy = as_stored(version)
+        if self.target == "self":
+            mask = masked_pixels(self.uniform(batch, "mask"), noisy.shape[2], noisy.shape[3])
+            error = self._distance(restored(self.restoration, without(mask, noisy)), version)
+            return {"loss": (error * mask).sum() / (mask.sum() * error.shape[1])}
+        target = clean if self.target == "clean" else self.corruption(clean, batch["keys"], 1)
+        return {"loss": self._distance(restored(self.restoration, noisy), target).mean()}
+
+    def _distance(self, answer: Tensor, target: Tensor) -> Tensor:
+        """Of each value."""
+        error = answer - target
+        return error.square() if self.corruption.unmoved == "mean" else error.abs()
+
+
+def restored(part: Conditioned, noisy: Tensor) -> Tensor:
+    """What a trained part makes of noisy pictures (B, 3, H, W) in [−1, 1]: as many, float32."""
+    time = torch.zeros(len(noisy), device=noisy.device)
+    return part.network(noisy, time, part.conditioner([""] * len(noisy))).float()
+
+
+def masked_pixels(u: Tensor, height: int, width: int) -> Tensor:
+    """Every fourth pixel in every fourth row, (B, 1, H, W) bool; uniforms (B,) say where that begins."""
+    start = (u * _SPACING**2).long()
+    rows = torch.arange(height, device=u.device) % _SPACING == (start // _SPACING)[:, None]
+    columns = torch.arange(width, device=u.device) % _SPACING == (start % _SPACING)[:, None]
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def without(mask: Tensor, images: Tensor) -> Tensor:
+    """The pictures with the mean of the pixels around in place of each masked one, as Noise2Self has it."""
+    channels = images.shape[1]
+    kernel = torch.tensor(_AROUND, device=images.device).expand(channels, 1, 3, 3)
+    around = F.conv2d(images, kernel, padding=1, groups=channels)
+    weight = F.conv2d(torch.ones_like(images), kernel, padding=1, groups=channels)  # less at the edges
+    return torch.where(mask, around / weight, images)

@@ -1,0 +1,211 @@
+"""Learning to restore from noisy pictures alone: against least squares, medians and brute force."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from carrara.build import exported_config
+from carrara.component import load_component, save_component
+from carrara.corruption.base import Corruption, as_stored
+from carrara.corruption.noise import Gaussian, Poisson
+from carrara.corruption.text import Text
+from carrara.model.conditioned import Conditioned
+from carrara.model.restoration import masked_pixels, restored, without
+from tests.tiny import awake, batch, restoration_model, unet
+
+
+class Linear(nn.Module):
+    """The same linear map of the three channels at every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: object) -> Tensor:
+        return self.map(x)
+
+
+class Constant(nn.Module):
+    """One value for every pixel, whatever is shown; what was shown is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(()))
+        self.shown = torch.zeros(())
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: object) -> Tensor:
+        assert not time.any()
+        self.shown = x.detach().clone()
+        return torch.zeros_like(x) + self.value
+
+
+def pictures(values: Tensor) -> dict[str, Any]:
+    """A batch of pictures in [−1, 1]."""
+    images = ((values + 1) * 127.5).round().to(torch.uint8)
+    names = [f"0.tar/{k}" for k in range(len(images))]
+    return {"images": images, "keys": names, "positions": torch.arange(len(images)), "captions": names}
+
+
+def correlated(count: int) -> dict[str, Any]:
+    """Pixels whose channels are correlated, far enough from black and white that nothing is cut off."""
+    mix = torch.tensor([[0.9, 0.3, 0.0], [0.1, 0.5, 0.4], [0.0, 0.1, 0.6]])
+    values = torch.einsum("ij,bjhw->bihw", mix, 2 * torch.rand(count, 3, 4, 4) - 1)
+    return pictures((0.35 * values).clamp(-0.45, 0.45))
+
+
+def minimised(target: str, one: dict[str, Any], corruption: Corruption) -> Tensor:
+    """The map (3, 3) that the loss is least for."""
+    network = Linear()
+    model = restoration_model(network=network, target=target, corruption=corruption)
+    optimizer = torch.optim.LBFGS(network.parameters(), max_iter=40, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss(one)["loss"]
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return network.map.weight.detach()[:, :, 0, 0]
+
+
+def test_noisy_targets_have_the_minimiser_of_clean_ones():
+    """Least squares in closed form: W = C (C + sigma² I)⁻¹, with C the channels' covariance."""
+    sigma, one = 0.15, correlated(3000)
+    pixels = (one["images"].double() / 127.5 - 1).permute(1, 0, 2, 3).flatten(1)
+    covariance = torch.cov(pixels)
+    expected = covariance @ torch.linalg.inv(covariance + sigma**2 * torch.eye(3))
+    corruption = Gaussian(sigma, 0)
+    noisy, clean = (minimised(target, one, corruption).double() for target in ("noisy", "clean"))
+    torch.testing.assert_close(clean, expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(noisy, expected, rtol=0, atol=0.015)
+    assert (expected - torch.eye(3)).abs().max() > 0.2  # which is what the version itself as target would give
+
+
+@pytest.mark.parametrize("target", ["noisy", "clean", "self"])
+@pytest.mark.parametrize("corruption", [Gaussian(0.4, 0), Poisson(10.0, 0), Text(0.3, 0)], ids=["n", "p", "t"])
+@pytest.mark.parametrize("value", [0, 8])  # black, and what is brighter than the colours' mean
+@torch.no_grad()
+def test_the_best_constant_is_the_clean_value(corruption, target, value):
+    """Even of black, where noise that is cut off would have another mean, and under text of any colour."""
+    candidates = torch.linspace(-1, 1, 11)
+    one = pictures(candidates[value].expand(20, 3, 16, 16))
+    network = Constant()
+    model = restoration_model(network=network, corruption=corruption, target=target)
+    losses = []
+    for candidate in candidates:
+        network.value.fill_(candidate)
+        losses.append(model.loss(one)["loss"])
+    assert torch.stack(losses).argmin() == value
+
+
+@torch.no_grad()
+def test_the_loss_is_the_distance_from_the_other_version():
+    corruption = Gaussian(0.3, 4)
+    model = restoration_model(corruption=corruption)
+    awake(model)
+    one = batch(range(4))
+    clean = one["images"].float() / 127.5 - 1
+    a, b = (corruption(clean, one["keys"], version) for version in (0, 1))
+    answer = restored(model.restoration, as_stored(a))
+    torch.testing.assert_close(model.loss(one)["loss"], (answer - b).square().mean())
+    model.target = "clean"
+    torch.testing.assert_close(model.loss(one)["loss"], (answer - clean).square().mean())
+    model.corruption = Text(0.3, 4)
+    answer = restored(model.restoration, as_stored(model.corruption(clean, one["keys"], 0)))
+    torch.testing.assert_close(model.loss(one)["loss"], (answer - clean).abs().mean())
+
+
+@torch.no_grad()
+def test_a_picture_has_two_versions_and_no_more():
+    model = restoration_model(network=Constant())
+    first = model.loss(batch(range(4)))["loss"]
+    again = batch(range(4)) | {"positions": torch.arange(100, 104)}
+    assert torch.equal(model.loss(again)["loss"], first)
+    assert not torch.equal(model.loss(again | {"keys": list("abcd")})["loss"], first)
+    model.target = "self"
+    assert not torch.equal(model.loss(batch(range(4)))["loss"], model.loss(again)["loss"])  # masked elsewhere
+
+
+class Given(Corruption):
+    """Noise that a test chooses."""
+
+    unmoved = "mean"
+
+    def __init__(self, noise: Tensor):
+        super().__init__(0)
+        self.noise = noise
+
+    def corrupt(self, images: Tensor, positions: Tensor, purpose: str) -> Tensor:
+        return images + self.noise
+
+
+@torch.no_grad()
+def test_what_is_masked_is_not_seen_and_nothing_else_is_asked_for():
+    one, network = batch(range(16)), Constant()
+    noise = torch.randn(16, 3, 8, 8)
+    model = restoration_model(network=network, target="self", corruption=Given(noise))
+    mask = masked_pixels(model.uniform(one, "mask"), 8, 8)
+    loss = model.loss(one)["loss"]
+    shown = network.shown
+    version = one["images"].float() / 127.5 - 1 + noise
+    torch.testing.assert_close(loss, version.square()[mask.expand_as(version)].mean())
+    model.corruption = Given(torch.where(mask, 5.0, noise))
+    other = model.loss(one)["loss"]
+    assert torch.equal(network.shown, shown) and other > loss
+    assert torch.equal(shown[~mask.expand_as(shown)], as_stored(version)[~mask.expand_as(shown)])
+    model.corruption = Given(torch.where(mask, noise, 5.0))
+    torch.testing.assert_close(model.loss(one)["loss"], loss)
+    assert not torch.equal(network.shown, shown)
+
+
+def test_masks_take_every_pixel_in_turn():
+    masks = masked_pixels((torch.arange(16) + 0.5) / 16, 9, 6)
+    assert torch.equal(masks.sum(0), torch.ones(1, 9, 6, dtype=torch.long))
+
+
+def test_a_masked_pixel_is_filled_from_around_it():
+    images = torch.randn(2, 3, 6, 5)
+    mask = masked_pixels(torch.tensor([0.01, 0.99]), 6, 5)
+    filled = without(mask, images)
+    expected = images.clone()
+    for b, _, i, j in mask.nonzero().tolist():
+        total, weight = torch.zeros(3), 0.0
+        for di in (-1, 0, 1):
+            for dj in (-1, 0, 1):
+                if (di, dj) != (0, 0) and 0 <= i + di < 6 and 0 <= j + dj < 5:
+                    w = 1.0 / (abs(di) + abs(dj))
+                    total, weight = total + w * images[b, :, i + di, j + dj], weight + w
+        expected[b, :, i, j] = total / weight
+    torch.testing.assert_close(filled, expected)
+
+
+def test_what_is_exported_restores_as_the_model_does(tmp_path):
+    model = restoration_model()
+    awake(model)
+    settings = {
+        "resolution": 8, "channels": [8, 16], "attention": [False, True], "num_blocks": 1, "depth": 1, "heads": 2,
+        "expansion": 2, "context_width": 8, "pooled_width": 8, "qk_norm": True, "learned_positions": False,
+        "in_channels": 3,
+    }  # fmt: skip
+    config = {
+        "network": {"_target_": "carrara.network.unet.UNet", **settings},
+        "conditioner": {"_target_": "carrara.conditioner.text.Unconditional", "width": 8},
+    }
+    assert unet(**settings).state_dict().keys() == model.restoration.network.state_dict().keys()
+    save_component(
+        tmp_path / "part", model.kind, exported_config(config, model.kind), model.exported,
+        {"fingerprint": "", "data": {}, "scores": {}},
+    )  # fmt: skip
+    loaded, _ = load_component(tmp_path / "part", "restoration")
+    assert isinstance(loaded, Conditioned)
+    noisy = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(restored(loaded, noisy), restored(model.restoration.eval(), noisy))
+
+
+def test_an_unknown_target_is_named():
+    with pytest.raises(ValueError, match=r"model\.target=dirty is not known; it is noisy, clean, self"):
+        restoration_model(target="dirty")
