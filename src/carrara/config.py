@@ -133,12 +133,14 @@ def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
     """The object that a node's `_target_` names, nested nodes built first; `arguments` join the node's own.
 
     Raises:
-        UserError: a target that is no class or function of ours, or what a constructor says of its settings.
+        UserError: a target that is no class or function of ours, an interpolation, or what a constructor says of its
+            settings.
     """
     if "_target_" not in node:
         raise UserError(f"a node without _target_ cannot be built; it has {', '.join(node) or 'nothing'}")
     for target in config_check.targets(node):
         _refuse_foreign(target)
+    config_check.refuse_interpolations(node)
     try:  # Hydra builds the nested nodes; the outermost is called here, since Hydra would copy `arguments`
         outermost = hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})
         return outermost if node.get("_partial_") else outermost(*args, **arguments)

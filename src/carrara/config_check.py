@@ -183,6 +183,20 @@ def refuse_environment(content: object, key: str = "") -> None:
         raise UserError(f"{where}: environment variables are not read into configs (they may be secrets)")
 
 
+def refuse_interpolations(content: Mapping[str, Any], place: str = "") -> None:
+    """What is built is read as it is written: Hydra would resolve an interpolation, also of the environment, then.
+
+    Args:
+        place: what the keys lie in, for the message: `runs/x/config.yaml: `.
+
+    Raises:
+        UserError: `${` in a value of the plain data.
+    """
+    for key, value in flatten(content):
+        if isinstance(value, str) and "${" in value:
+            raise UserError(f"{place}{key}: ${{…}} is not looked up here; write the value itself")
+
+
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Ranges of the `trainer` node.
 

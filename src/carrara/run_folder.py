@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from carrara.component import CARD, read_component
 from carrara.config import Config, check, fingerprint, load_yaml, save_yaml
+from carrara.config_check import refuse_interpolations
 from carrara.errors import UserError
 
 CHANGEABLE = tuple(
@@ -68,6 +69,7 @@ def load_config(folder: Path) -> Config:
     if not (folder / _CONFIG).is_file():
         raise UserError(f"{folder} is no run: it has no {_CONFIG}")
     config = load_yaml(folder / _CONFIG)
+    refuse_interpolations(config, f"{folder / _CONFIG}: ")
     check(config)
     return config
 
