@@ -11,7 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_name, checkpoint_step, remove
+from carrara.callback.checkpoint_file import (
+    VerifiedCheckpointIO,
+    checkpoint_name,
+    checkpoints,
+    remove,
+    set_aside,
+)
 from carrara.callback.ema import EMA, trainable
 from carrara.callback.ranks import gather
 from carrara.errors import UserError
@@ -96,11 +102,18 @@ class Checkpoints(Callback):
             self._remove_others()
 
     def _remove_others(self) -> None:
-        paths = {checkpoint_step(path): path for path in self.folder.glob("step=*.ckpt")}
-        kept = self.keep(sorted(paths))
+        paths = checkpoints(self.folder)
+        kept = {self.step, *self.keep(list(paths))}
         for step, path in paths.items():
             if step not in kept:
                 remove(path)
+
+    def _set_aside_later(self) -> None:
+        """What could not be resumed from is damaged, and must not be taken for the newest when others are removed."""
+        for step, path in checkpoints(self.folder).items():
+            if step > self.step:
+                set_aside(path)
+                _log.warning("%s is set aside, and is named .rejected now", path)
 
     def _check_finite(self, pl_module: lightning.LightningModule, step: int) -> None:
         """Weights are alike on all ranks, so all find the same."""
@@ -131,6 +144,8 @@ class Checkpoints(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.step = checkpoint["global_step"]
+        if trainer.is_global_zero:  # all ranks have chosen by now
+            self._set_aside_later()
         states = checkpoint["random_states"]
         if len(states) == trainer.world_size:  # on another number of ranks nothing per rank can be carried over
             _set_random_state(states[trainer.global_rank], pl_module.device)
