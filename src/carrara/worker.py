@@ -24,10 +24,12 @@ from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
 from carrara.callback.export import Export
 from carrara.callback.guard import Guard
+from carrara.callback.inputs import Inputs
 from carrara.callback.log import JsonLines, Wandb
 from carrara.callback.progress import Progress
 from carrara.callback.stop import Stop
 from carrara.callback.vocabulary import LearnVocabularies
+from carrara.component import read_component
 from carrara.config import Config, build, fingerprint
 from carrara.data.module import ShardData
 from carrara.data.workers import workers_explained
@@ -136,7 +138,10 @@ def _callbacks(
         batches = data.train_loader(batch_size)
         yield from itertools.islice((batch["images"] for batch in batches), -(-_MEASURED_IMAGES // batch_size))
 
+    part = config.get("part") or {}
+    parts = {kind: read_component(Path(part[kind])).card["sha256"] for kind in part if part[kind] is not None}
     return [
+        Inputs(data, parts),
         LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS)),
         ema,
         guard,
