@@ -115,6 +115,17 @@ def test_with_a_full_disk_training_goes_on(tmp_path, monkeypatch, caplog):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_full_disk_is_not_tried_again_at_every_micro_batch(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "save", lambda *_: calls.append(1) or full(*_))
+    ema = EMA(0.9)
+    saver = Checkpoints(tmp_path, 1e9, 1, retention(2, None, 0, dict), 8, ema)
+    one = trainer(tmp_path, ema, saver, max_steps=3, accumulate_grad_batches=3, plugins=[VerifiedCheckpointIO()])
+    with pytest.raises(UserError, match="step 3"):
+        one.fit(diffusion_model(), batches(9))
+    assert len(calls) == 3
+
+
 def test_the_last_checkpoint_must_succeed(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match=r"step 3 .*No space left on device; make room"):

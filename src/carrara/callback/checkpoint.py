@@ -45,7 +45,7 @@ class Checkpoints(Callback):
         ema: its average must be finite too.
 
     Attributes:
-        step: of the last one.
+        step: of the last one that was written; 0 if none was.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Checkpoints(Callback):
         self.batch_size = batch_size
         self.ema = ema
         self.step = 0
+        self._tried = 0
         self.saved_at = time.monotonic()
 
     def on_train_batch_end(
@@ -75,11 +76,13 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
-        if step != self.step and self._due(trainer, step):
+        if step not in (self.step, self._tried) and self._due(trainer, step):
             self.save(trainer, pl_module)
 
     def save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """A checkpoint of the step that has just been made, unless there is one. All ranks call it.
+
+        Whether it was written is in `step`.
 
         Raises:
             UserError: the weights are not finite; or it is the run's last step and the disk is full.
@@ -88,7 +91,7 @@ class Checkpoints(Callback):
         if step == self.step:
             return
         self._check_finite(pl_module, step)
-        self.step, self.saved_at = step, time.monotonic()
+        self._tried, self.saved_at = step, time.monotonic()
         trainer.save_checkpoint(self.folder / checkpoint_name(step))
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, VerifiedCheckpointIO)
@@ -98,7 +101,9 @@ class Checkpoints(Callback):
             raise UserError(f"{problem}; make room, then resume the run")
         if problem:
             _log.error("%s; it is tried again when the next is due", problem)
-        elif trainer.is_global_zero:
+            return
+        self.step = step
+        if trainer.is_global_zero:
             self._remove_others()
 
     def _remove_others(self) -> None:
