@@ -25,6 +25,7 @@ from carrara.callback.evaluation import Evaluation
 from carrara.callback.export import Export
 from carrara.callback.guard import Guard
 from carrara.callback.inputs import Inputs
+from carrara.callback.json_lines import cut_back
 from carrara.callback.log import JsonLines, Wandb
 from carrara.callback.progress import Progress
 from carrara.callback.stop import Stop
@@ -89,7 +90,7 @@ def run(folder: Path) -> None:
         _log.info("precision %s: %s", precision, reason)
         if config["callback"]["score"].get("inception", "") is None:
             _log.info("no val/fid_inception: no weights (callback.score.inception=…/inception-2015-12-05.pt)")
-        log.cut_back(0 if checkpoint is None else checkpoint_step(checkpoint))
+        cut_back(log.path, 0 if checkpoint is None else checkpoint_step(checkpoint))
         if checkpoint is not None:
             _log.info("going on from %s", checkpoint)
     use = usable_cache(config, data, modules)
