@@ -236,6 +236,14 @@ def test_yaml_comes_back_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_yaml_outlives_a_power_cut(tmp_path, monkeypatch):
+    """Its contents, before it has its name."""
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append((tmp_path / "config.yaml").exists()))
+    save_yaml(tmp_path / "config.yaml", {"a": 1})
+    assert synced == [False]
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("a: [1\nb: 2")
     with pytest.raises(UserError, match=r"config\.yaml is not readable YAML"):

@@ -174,10 +174,13 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def save_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data, in its own order, whole or not at all."""
+    """Writes plain data, in its own order, whole or not at all, also where the power is cut."""
     text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -185,12 +188,14 @@ def load_yaml(path: Path) -> Config:
     """Reads what `save_yaml` wrote.
 
     Raises:
-        UserError: no such file, or not a mapping.
+        UserError: no such file, none that can be read, or not a mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

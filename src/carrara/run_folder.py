@@ -139,10 +139,14 @@ def newest_unfinished(runs_dir: Path, config: Mapping[str, Any]) -> Path | None:
     wanted = _identity(config)
     files = [*runs_dir.glob(f"*/*/{_CONFIG}"), *runs_dir.glob(f"sweeps/*/*/{_CONFIG}")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        if file.parent.parent.name == "components" or is_finished(file.parent):
+        folder = file.parent
+        if folder.parent.name == "components":
             continue
-        if _identity(load_yaml(file)) == wanted and not _is_claimed(file.parent):
-            return file.parent
+        try:
+            if _identity(load_yaml(file)) == wanted and not is_finished(folder) and not _is_claimed(folder):
+                return folder
+        except UserError as mistake:  # of a run that is perhaps another
+            _log.warning("passing over %s: %s", folder, mistake)
     return None
 
 
