@@ -152,8 +152,8 @@ def newest_unfinished(runs_dir: Path, config: Mapping[str, Any]) -> Path | None:
 
 def _identity(config: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in config.items() if key not in _NOT_THE_RUN}
-    trainer = rest.get("trainer") or {}
-    rest["trainer"] = {key: value for key, value in trainer.items() if key not in OF_THE_MACHINE}
+    if isinstance(trainer := rest.get("trainer"), Mapping):
+        rest["trainer"] = {key: value for key, value in trainer.items() if key not in OF_THE_MACHINE}
     return fingerprint(rest)
 
 

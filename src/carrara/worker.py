@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
 from carrara.build import build_model, build_scores, exported_config, usable_cache
-from carrara.callback.checkpoint import Checkpoints, retention
+from carrara.callback.checkpoint import Checkpoints, best_score, retention
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
 from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
@@ -123,13 +123,12 @@ def _callbacks(
     scores = build_scores(config, data, modules)
     evaluation = Evaluation(scores, data.validation, epoch_steps, ema, folder / "samples", log)
     guard = Guard(folder / "skipped_steps.jsonl", settings["max_skipped_steps"])
-    best = settings["best_score"]
-
-    def best_scores() -> dict[int, float]:
-        sign = 1 if settings["best_is_highest"] else -1
-        return {step: sign * found[best] for step, found in log.scores().items() if best in found}
-
-    keep = retention(settings["keep_checkpoints"], settings["keep_every"], settings["keep_best"], best_scores)
+    keep = retention(
+        settings["keep_checkpoints"],
+        settings["keep_every"],
+        settings["keep_best"],
+        lambda: best_score(log.scores(), settings["best_score"], settings["best_is_highest"]),
+    )
     checkpoints = Checkpoints(
         folder / "checkpoints", settings["checkpoint_minutes"], epoch_steps, keep, batch_size, ema
     )

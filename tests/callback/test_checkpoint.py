@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from carrara.callback import checkpoint as checkpoint_module
-from carrara.callback.checkpoint import Checkpoints, retention
+from carrara.callback.checkpoint import Checkpoints, best_score, retention
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, checkpoints, newest_valid
 from carrara.callback.ema import EMA
 from carrara.errors import UserError
@@ -43,8 +43,15 @@ def test_what_is_kept():
     assert retention(1, None, 1, lambda: scores)(steps) == {40, 60}  # of equals the newer
     assert retention(1, 30, 3, lambda: scores)(steps) == {20, 30, 40, 60}
     assert retention(9, None, 0, dict)(steps) == set(steps)
-    with pytest.raises(UserError, match=r"trainer\.keep_checkpoints=0"):
-        retention(0, None, 0, dict)
+
+
+def test_the_best_are_so_by_a_score_that_there_is(caplog):
+    evaluated = {10: {"val/psnr": 20.0, "val/loss": 0.3}, 20: {"val/psnr": 25.0}}
+    assert best_score(evaluated, "val/psnr", highest=True) == {10: 20.0, 20: 25.0}
+    assert best_score(evaluated, "val/loss", highest=False) == {10: -0.3}
+    assert best_score({}, "val/typo", highest=True) == {} and not caplog.text  # before the first evaluation
+    assert best_score(evaluated, "val/typo", highest=True) == {}
+    assert "trainer.best_score=val/typo is none of val/psnr" in caplog.text
 
 
 def test_damaged_checkpoints_do_not_count_among_the_newest(tmp_path, caplog):

@@ -157,13 +157,7 @@ class Checkpoints(Callback):
 
 
 def retention(newest: int, every: int | None, best: int, scores: Callable[[], Mapping[int, float]]) -> Keep:
-    """Which steps to keep: the `newest`, every multiple of `every`, and the `best` by their scores (the higher).
-
-    Raises:
-        UserError: without the newest there is nothing to go on from.
-    """
-    if newest < 1:
-        raise UserError(f"trainer.keep_checkpoints={newest}: at least the newest must be kept")
+    """Which steps to keep: the `newest` (1 or more), every multiple of `every`, the `best` by scores (the higher)."""
 
     def keep(steps: Sequence[int]) -> set[int]:
         known = scores() if best else {}
@@ -172,6 +166,18 @@ def retention(newest: int, every: int | None, best: int, scores: Callable[[], Ma
         return {*steps[-newest:], *regular, *(ranked[-best:] if best else [])}
 
     return keep
+
+
+def best_score(evaluated: Mapping[int, Mapping[str, float]], name: str, highest: bool) -> dict[int, float]:
+    """step -> one of the scores of its evaluation, its sign such that the highest is the best.
+
+    Where evaluations have no such score, the log says which they have.
+    """
+    found = {step: scores[name] * (1 if highest else -1) for step, scores in evaluated.items() if name in scores}
+    if evaluated and not found:
+        there = ", ".join(sorted(evaluated[max(evaluated)]))
+        _log.warning("no checkpoint is kept as one of the best: trainer.best_score=%s is none of %s", name, there)
+    return found
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
