@@ -124,7 +124,12 @@ def test_with_a_full_disk_training_goes_on(tmp_path, monkeypatch, caplog):
 
 def test_a_full_disk_is_not_tried_again_at_every_micro_batch(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(torch, "save", lambda *_: calls.append(1) or full(*_))
+
+    def save(checkpoint, file):
+        calls.append(checkpoint)
+        full(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", save)
     ema = EMA(0.9)
     saver = Checkpoints(tmp_path, 1e9, 1, retention(2, None, 0, dict), 8, ema)
     one = trainer(tmp_path, ema, saver, max_steps=3, accumulate_grad_batches=3, plugins=[VerifiedCheckpointIO()])

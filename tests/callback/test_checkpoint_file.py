@@ -52,7 +52,7 @@ def test_a_failed_save_leaves_nothing_and_the_old_one_whole(tmp_path, monkeypatc
 
 def test_what_is_not_named_as_a_checkpoint_is_none(tmp_path):
     old, new = save(tmp_path, 99_999_999), save(tmp_path, 100_000_000)
-    for name in ("step=00000100 (copy).ckpt", "step=last.ckpt", "step=00000007.ckpt.rejected", ".step=00000008.ckpt.tmp"):
+    for name in ("step=00000100 (copy).ckpt", "step=last.ckpt", "step=7.ckpt.rejected", ".step=8.ckpt.tmp"):
         (tmp_path / name).touch()
     assert list(checkpoints(tmp_path).items()) == [(99_999_999, old), (100_000_000, new)]
     assert newest_valid(tmp_path) == new
