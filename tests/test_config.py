@@ -178,6 +178,39 @@ def test_targets_in_lists_and_partials_are_checked():
         check({"evaluation": {"_target_": "carrara.launch.launch"}})
 
 
+TRAINER = yaml.safe_load((Path(__file__).parents[1] / "conf" / "trainer" / "default.yaml").read_text())
+TRAINER |= {"batch_size": 8, "max_steps": 5, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("key", [key for key, value in TRAINER.items() if type(value) in (int, float)])
+def test_every_number_of_the_trainer_has_its_range(key):
+    for wrong in (-1, True, "3", float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"trainer.{key} must be a"):
+            check({"trainer": {**TRAINER, key: wrong}})
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "message"),
+    [
+        ("keep_checkpoints", 1.5, "a whole number from 1 on, not 1.5"),
+        ("keep_checkpoints", 0, "a whole number from 1 on"),
+        ("keep_every", 0, "a whole number from 1 on"),
+        ("log_steps", 0, "a whole number from 1 on"),
+        ("log_steps", None, "a whole number from 1 on, not None"),
+        ("max_skipped_steps", 0, "a whole number from 1 on"),
+        ("max_restarts", 0.5, "a whole number from 0 on"),
+        ("ema_decay", 2, "a number from 0 to 1, not 2"),
+        ("timeout_s", 0, "a positive number"),
+        ("learning_rate", None, "a positive number"),
+    ],
+)
+def test_a_number_out_of_its_range_is_told(key, wrong, message):
+    with pytest.raises(UserError, match=f"trainer.{key} must be {message}"):
+        check({"trainer": {**TRAINER, key: wrong}})
+    null = dict.fromkeys(("epoch_samples", "keep_every", "gradient_clip"))
+    check({"trainer": {**TRAINER, "keep_best": 0, "max_restarts": 0, "ema_decay": 0, **null}})
+
+
 def test_build_gives_our_objects():
     node = {"_target_": "carrara.network.tokenizer.Tokenizer", "vocab_size": 300}
     assert build(node, max_length=8).max_length == 8
@@ -234,6 +267,14 @@ def test_yaml_comes_back_as_it_was(tmp_path):
     assert load_yaml(tmp_path / "config.yaml") == content
     assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == ["b", "a", "c"]
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_yaml_outlives_a_power_cut(tmp_path, monkeypatch):
+    """Its contents, before it has its name."""
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append((tmp_path / "config.yaml").exists()))
+    save_yaml(tmp_path / "config.yaml", {"a": 1})
+    assert synced == [False]
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -129,13 +129,21 @@ def test_a_signal_to_one_rank_stops_both_with_a_checkpoint_of_the_step(whole, ho
     assert_same(folder, uninterrupted(whole, home, 2), 2)
 
 
-def test_a_signal_to_every_process_does_not_end_the_data_workers_first(tmp_path, capfd):
+def test_a_signal_to_every_process_does_not_end_the_data_workers_first_and_other_data_are_refused(tmp_path, capfd):
     """As a terminal, a service manager and Slurm send it."""
     streaming = ["data.memory_limit=0", "data.num_workers=2"]
     folder = new(tmp_path / "run", *streaming, harm=[{"rank": 0, "step": 7, "what": "signal"}])
     assert go(folder) == 128 + signal.SIGTERM
     assert checkpoints(folder) == ["step=00000005.ckpt", "step=00000008.ckpt"]
     assert "error" not in capfd.readouterr().err
+    # its shards have been moved, and a download has gone on: the stream would be another
+    config = load_config(folder)
+    mine = shutil.copytree(config["data"]["root"], tmp_path / "mine")
+    shutil.copy(mine / "train-000000.tar", mine / "train-000001.tar")
+    save_config(folder, {**config, "data": {**config["data"], "urls": f"{mine}/train-*.tar"}})
+    assert go(folder) == 2
+    assert "error: this run cannot go on: data.urls: train-000001.tar new" in capfd.readouterr().err
+    assert checkpoints(folder) == ["step=00000005.ckpt", "step=00000008.ckpt"]
 
 
 def test_trap_19_denormal_numbers_are_flushed(whole, home):

@@ -20,8 +20,9 @@ from torch import nn
 
 from carrara.autoencoder.identity import Identity
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, newest_valid
-from carrara.component import load_component, save_component
-from carrara.config import build, check, compose, load_yaml
+from carrara.command_line import quote_free_text
+from carrara.component import load_component, read_component, save_component
+from carrara.config import build, check, compose, load_yaml, save_yaml
 from carrara.data.loader import Loader
 from carrara.data.manifest import Manifest
 from carrara.data.source import expand
@@ -179,6 +180,41 @@ def test_yaml_that_makes_objects(canary, tmp_path):
     assert not canary.exists()
     yaml.load(text, yaml.UnsafeLoader)
     assert canary.exists()
+
+
+@pytest.mark.parametrize("secret", ["${oc.env:SECRET}", "${oc.${x}:SECRET}", "${oc.decode:${oc.env:SECRET}}"])
+def test_an_interpolation_in_what_comes_from_elsewhere(secret, monkeypatch, tmp_path):
+    """Resolved, the address would carry the variable's value to whoever wrote it."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    urls = f"https://example.com/{secret}.tar"
+    node = {"_target_": "carrara.data.source.expand", "urls": urls, "name": "env"}
+    refused = r"urls: \$\{…\} is not looked up here"
+    with pytest.raises(UserError, match=refused):
+        build(node)
+    config = compose(CONF, "train", []).config
+    config["data"] = {**config["data"], "urls": [urls]}
+    save_config(tmp_path, config)
+    with pytest.raises(UserError, match=r"config\.yaml: data\.urls.*is not looked up"):
+        load_config(tmp_path)
+    card = {"fingerprint": "", "data": {}, "scores": {}}
+    node = {"_target_": "carrara.autoencoder.identity.Identity"}
+    save_component(tmp_path / "part", "autoencoder", node, Identity(), card)
+    save_yaml(tmp_path / "part" / "config.yaml", {**node, "more": urls})
+    with pytest.raises(UserError, match=r"config\.yaml: more.*is not looked up"):
+        read_component(tmp_path / "part", "autoencoder")
+    # the control
+    node = {"_target_": "carrara.data.source.expand", "urls": urls.replace("${x}", "env")}
+    assert hydra.utils.instantiate(node) == ["https://example.com/hunter2.tar"]
+
+
+def test_an_interpolation_in_free_text_of_the_command_line(monkeypatch):
+    """It is text there, and would be resolved when the data are built."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    overrides = quote_free_text(["data.urls=https://example.com/${oc.env:SECRET}.tar", "data.make=null"])
+    config = compose(CONF, "train", overrides).config
+    assert "hunter2" not in str(config)
+    with pytest.raises(UserError, match=r"urls: \$\{…\} is not looked up here"):
+        build(config["data"])
 
 
 # --- commands and paths ---

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carrara.config import Config, build, load_yaml, save_yaml
-from carrara.config_check import check_target, targets
+from carrara.config_check import check_target, refuse_interpolations, targets
 from carrara.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def read_component(folder: Path, kind: str | None = None) -> Component:
     """Reads config and card, and checks kind and targets.
 
     Raises:
-        UserError: not a component, of another kind, or made of classes that are not ours.
+        UserError: not a component, of another kind, made of classes that are not ours, or with an interpolation.
     """
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
@@ -103,6 +103,7 @@ def read_component(folder: Path, kind: str | None = None) -> Component:
     if kind is not None and found != kind:
         raise UserError(f"{folder} is a component of kind {found}, where kind {kind} is needed")
     config = load_yaml(folder / CONFIG)
+    refuse_interpolations(config, f"{folder / CONFIG}: ")
     check_packages(config, found)
     return Component(folder, found, config, card)
 

@@ -133,12 +133,14 @@ def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
     """The object that a node's `_target_` names, nested nodes built first; `arguments` join the node's own.
 
     Raises:
-        UserError: a target that is no class or function of ours, or what a constructor says of its settings.
+        UserError: a target that is no class or function of ours, an interpolation, or what a constructor says of its
+            settings.
     """
     if "_target_" not in node:
         raise UserError(f"a node without _target_ cannot be built; it has {', '.join(node) or 'nothing'}")
     for target in config_check.targets(node):
         _refuse_foreign(target)
+    config_check.refuse_interpolations(node)
     try:  # Hydra builds the nested nodes; the outermost is called here, since Hydra would copy `arguments`
         outermost = hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})
         return outermost if node.get("_partial_") else outermost(*args, **arguments)
@@ -172,10 +174,13 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def save_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data, in its own order, whole or not at all."""
+    """Writes plain data, in its own order, whole or not at all, also where the power is cut."""
     text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -183,12 +188,14 @@ def load_yaml(path: Path) -> Config:
     """Reads what `save_yaml` wrote.
 
     Raises:
-        UserError: no such file, or not a mapping.
+        UserError: no such file, none that can be read, or not a mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):

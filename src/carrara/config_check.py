@@ -20,6 +20,17 @@ PACKAGES = (
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu")  # not mps: it has no float64, which the metrics need
 
+# of the trainer's settings
+_LEAST = dict.fromkeys(
+    (
+        "devices", "num_nodes", "batch_size", "accumulate", "max_steps", "epoch_samples", "keep_checkpoints",
+        "keep_every", "max_skipped_steps", "log_steps",
+    ),
+    1,
+) | {"keep_best": 0, "max_restarts": 0}  # fmt: skip
+_POSITIVE = ("gradient_clip", "checkpoint_minutes", "timeout_s", "learning_rate")
+_MAY_BE_NULL = ("max_steps", "epoch_samples", "gradient_clip", "keep_every")
+
 _TARGET = re.compile(rf"carrara\.({'|'.join(PACKAGES)})(\.[A-Za-z]\w*)+")
 
 
@@ -183,24 +194,40 @@ def refuse_environment(content: object, key: str = "") -> None:
         raise UserError(f"{where}: environment variables are not read into configs (they may be secrets)")
 
 
+def refuse_interpolations(content: Mapping[str, Any], place: str = "") -> None:
+    """What is built is read as it is written: Hydra would resolve an interpolation, also of the environment, then.
+
+    Args:
+        place: what the keys lie in, for the message: `runs/x/config.yaml: `.
+
+    Raises:
+        UserError: `${` in a value of the plain data.
+    """
+    for key, value in flatten(content):
+        if isinstance(value, str) and "${" in value:
+            raise UserError(f"{place}{key}: ${{…}} is not looked up here; write the value itself")
+
+
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Ranges of the `trainer` node.
 
     Raises:
         UserError: the key, what it must be, and for a batch that cannot be divided the nearest that can.
     """
-    for key in ("devices", "num_nodes", "batch_size", "accumulate", "max_steps", "epoch_samples"):
-        value = trainer.get(key)
-        optional = key in ("max_steps", "epoch_samples") or key not in trainer
-        if not (value is None and optional) and (type(value) is not int or value < 1):
-            raise UserError(f"trainer.{key} must be a whole number from 1 on, not {value!r}")
+    if not isinstance(trainer, Mapping):
+        raise UserError(f"trainer is a group of settings, not {trainer!r}")
+    for key, value in trainer.items():
+        if value is None and key in _MAY_BE_NULL:
+            continue
+        if key in _LEAST and not (type(value) is int and value >= _LEAST[key]):
+            raise UserError(f"trainer.{key} must be a whole number from {_LEAST[key]} on, not {value!r}")
+        if key in _POSITIVE and not (type(value) in (int, float) and 0 < value < float("inf")):
+            raise UserError(f"trainer.{key} must be a positive number, not {value!r}")
+        if key == "ema_decay" and not (type(value) in (int, float) and 0 <= value <= 1):
+            raise UserError(f"trainer.{key} must be a number from 0 to 1, not {value!r}")
     for key, names in (("precision", PRECISIONS), ("accelerator", ACCELERATORS)):
         if key in trainer and trainer[key] not in names:
             raise UserError(f"trainer.{key} must be one of {', '.join(names)}, not {trainer[key]!r}")
-    for key in ("gradient_clip", "checkpoint_minutes", "timeout_s"):
-        value = trainer.get(key)
-        if value is not None and (isinstance(value, (bool, str)) or not value > 0):
-            raise UserError(f"trainer.{key} must be a positive number, not {value!r}")
     if trainer.get("batch_size") is not None:
         _check_batch(trainer)
 

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from carrara.component import CARD, read_component
 from carrara.config import Config, check, fingerprint, load_yaml, save_yaml
+from carrara.config_check import refuse_interpolations
 from carrara.errors import UserError
 
 CHANGEABLE = tuple(
@@ -68,6 +69,7 @@ def load_config(folder: Path) -> Config:
     if not is_run(folder):
         raise UserError(f"{folder} is no run: it has no {_CONFIG}")
     config = load_yaml(folder / _CONFIG)
+    refuse_interpolations(config, f"{folder / _CONFIG}: ")
     check(config)
     return config
 
@@ -142,17 +144,21 @@ def newest_unfinished(runs_dir: Path, config: Mapping[str, Any]) -> Path | None:
     wanted = _identity(config)
     files = [*runs_dir.glob(f"*/*/{_CONFIG}"), *runs_dir.glob(f"sweeps/*/*/{_CONFIG}")]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        if file.parent.parent.name == "components" or is_finished(file.parent):
+        folder = file.parent
+        if folder.parent.name == "components":
             continue
-        if _identity(load_yaml(file)) == wanted and not _is_claimed(file.parent):
-            return file.parent
+        try:
+            if _identity(load_yaml(file)) == wanted and not is_finished(folder) and not _is_claimed(folder):
+                return folder
+        except UserError as mistake:  # of a run that is perhaps another
+            _log.warning("passing over %s: %s", folder, mistake)
     return None
 
 
 def _identity(config: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in config.items() if key not in _NOT_THE_RUN}
-    trainer = rest.get("trainer") or {}
-    rest["trainer"] = {key: value for key, value in trainer.items() if key not in OF_THE_MACHINE}
+    if isinstance(trainer := rest.get("trainer"), Mapping):
+        rest["trainer"] = {key: value for key, value in trainer.items() if key not in OF_THE_MACHINE}
     return fingerprint(rest)
 
 

@@ -18,16 +18,19 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
 from carrara.build import build_model, build_scores, exported_config, usable_cache
-from carrara.callback.checkpoint import Checkpoints, retention
+from carrara.callback.checkpoint import Checkpoints, best_score, retention
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
 from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
 from carrara.callback.export import Export
 from carrara.callback.guard import Guard
+from carrara.callback.inputs import Inputs
+from carrara.callback.json_lines import cut_back
 from carrara.callback.log import JsonLines, Wandb
 from carrara.callback.progress import Progress
 from carrara.callback.stop import Stop
 from carrara.callback.vocabulary import LearnVocabularies
+from carrara.component import read_component
 from carrara.config import Config, build, fingerprint
 from carrara.data.module import ShardData
 from carrara.data.workers import workers_explained
@@ -94,7 +97,7 @@ def run(folder: Path) -> None:
         _log.info("precision %s: %s", precision, reason)
         if config["callback"]["score"].get("inception", "") is None:
             _log.info("no val/fid_inception: no weights (callback.score.inception=…/inception-2015-12-05.pt)")
-        log.cut_back(0 if checkpoint is None else checkpoint_step(checkpoint))
+        cut_back(log.path, 0 if checkpoint is None else checkpoint_step(checkpoint))
         if checkpoint is not None:
             _log.info("going on from %s", checkpoint)
     use = usable_cache(config, data, modules)
@@ -127,13 +130,12 @@ def _callbacks(
     scores = build_scores(config, data, modules)
     evaluation = Evaluation(scores, data.validation, epoch_steps, ema, folder / "samples", log)
     guard = Guard(folder / "skipped_steps.jsonl", settings["max_skipped_steps"])
-    best = settings["best_score"]
-
-    def best_scores() -> dict[int, float]:
-        sign = 1 if settings["best_is_highest"] else -1
-        return {step: sign * found[best] for step, found in log.scores().items() if best in found}
-
-    keep = retention(settings["keep_checkpoints"], settings["keep_every"], settings["keep_best"], best_scores)
+    keep = retention(
+        settings["keep_checkpoints"],
+        settings["keep_every"],
+        settings["keep_best"],
+        lambda: best_score(log.scores(), settings["best_score"], settings["best_is_highest"]),
+    )
     checkpoints = Checkpoints(
         folder / "checkpoints", settings["checkpoint_minutes"], epoch_steps, keep, batch_size, ema
     )
@@ -145,7 +147,10 @@ def _callbacks(
         batches = data.train_loader(batch_size)
         yield from itertools.islice((batch["images"] for batch in batches), -(-_MEASURED_IMAGES // batch_size))
 
+    part = config.get("part") or {}
+    parts = {kind: read_component(Path(part[kind])).card["sha256"] for kind in part if part[kind] is not None}
     return [
+        Inputs(data, parts),
         LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS)),
         ema,
         guard,

@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from carrara.callback import checkpoint as checkpoint_module
-from carrara.callback.checkpoint import Checkpoints, retention
-from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
+from carrara.callback.checkpoint import Checkpoints, best_score, retention
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, checkpoints, newest_valid
 from carrara.callback.ema import EMA
 from carrara.errors import UserError
 from tests.tiny import batches, diffusion_model, equal, kl, trainer, weights
@@ -25,7 +25,7 @@ def run(folder: Path, max_steps: int, *others: Callback, start: int = 0, resume:
 
 
 def steps(folder: Path) -> list[int]:
-    return sorted(checkpoint_step(path) for path in folder.glob("step=*.ckpt"))
+    return list(checkpoints(folder))
 
 
 def test_the_newest_are_kept_with_their_checksums(tmp_path):
@@ -43,8 +43,41 @@ def test_what_is_kept():
     assert retention(1, None, 1, lambda: scores)(steps) == {40, 60}  # of equals the newer
     assert retention(1, 30, 3, lambda: scores)(steps) == {20, 30, 40, 60}
     assert retention(9, None, 0, dict)(steps) == set(steps)
-    with pytest.raises(UserError, match=r"trainer\.keep_checkpoints=0"):
-        retention(0, None, 0, dict)
+
+
+def test_the_best_are_so_by_a_score_that_there_is(caplog):
+    evaluated = {10: {"val/psnr": 20.0, "val/loss": 0.3}, 20: {"val/psnr": 25.0}}
+    assert best_score(evaluated, "val/psnr", highest=True) == {10: 20.0, 20: 25.0}
+    assert best_score(evaluated, "val/loss", highest=False) == {10: -0.3}
+    assert best_score({}, "val/typo", highest=True) == {} and not caplog.text  # before the first evaluation
+    assert best_score(evaluated, "val/typo", highest=True) == {}
+    assert "trainer.best_score=val/typo is none of val/psnr" in caplog.text
+
+
+def test_damaged_checkpoints_do_not_count_among_the_newest(tmp_path, caplog):
+    """They are set aside when an older one is resumed from: otherwise the whole ones would go, and they stay."""
+    run(tmp_path, 6, epoch_steps=1, newest=3)
+    for step in (5, 6):
+        path = tmp_path / f"step={step:08d}.ckpt"
+        path.write_bytes(path.read_bytes()[:-1])
+    foreign = tmp_path / "step=00000009 (copy).ckpt"
+    foreign.touch()
+    checkpoint = newest_valid(tmp_path)
+    assert checkpoint is not None and checkpoint_step(checkpoint) == 4
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, 5, start=4, resume=checkpoint, newest=1)
+    assert newest_valid(tmp_path) == tmp_path / "step=00000005.ckpt"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step=00000005.ckpt", "step=00000005.ckpt.rejected", "step=00000005.ckpt.sha256",
+        "step=00000006.ckpt.rejected", foreign.name,
+    ]  # fmt: skip
+    assert "step=00000006.ckpt is set aside" in caplog.text
+
+
+def test_what_has_just_been_written_stays_beside_a_newer_one(tmp_path):
+    (tmp_path / "step=00000099.ckpt").touch()  # somebody is copying it there
+    run(tmp_path, 1, newest=1)
+    assert steps(tmp_path) == [1, 99]
 
 
 def test_checkpoints_at_multiples_stay(tmp_path):
@@ -87,6 +120,22 @@ def test_with_a_full_disk_training_goes_on(tmp_path, monkeypatch, caplog):
     assert steps(tmp_path) == [2, 6]
     assert "step 4" in caplog.text and "No space left on device" in caplog.text
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_full_disk_is_not_tried_again_at_every_micro_batch(tmp_path, monkeypatch):
+    calls = []
+
+    def save(checkpoint, file):
+        calls.append(checkpoint)
+        full(checkpoint, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    ema = EMA(0.9)
+    saver = Checkpoints(tmp_path, 1e9, 1, retention(2, None, 0, dict), 8, ema)
+    one = trainer(tmp_path, ema, saver, max_steps=3, accumulate_grad_batches=3, plugins=[VerifiedCheckpointIO()])
+    with pytest.raises(UserError, match="step 3"):
+        one.fit(diffusion_model(), batches(9))
+    assert len(calls) == 3
 
 
 def test_the_last_checkpoint_must_succeed(tmp_path, monkeypatch):

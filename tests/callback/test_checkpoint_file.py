@@ -1,4 +1,5 @@
 import logging
+import os
 import resource
 import signal
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid, write
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, checkpoints, newest_valid, write
 from carrara.errors import UserError
 
 
@@ -47,6 +48,28 @@ def test_a_failed_save_leaves_nothing_and_the_old_one_whole(tmp_path, monkeypatc
     assert writer.problem == "no space left on device"
     assert sorted(p.name for p in tmp_path.iterdir()) == [old.name, old.name + ".sha256"]
     assert newest_valid(tmp_path) == old
+
+
+def test_what_is_not_named_as_a_checkpoint_is_none(tmp_path):
+    old, new = save(tmp_path, 99_999_999), save(tmp_path, 100_000_000)
+    for name in ("step=00000100 (copy).ckpt", "step=last.ckpt", "step=7.ckpt.rejected", ".step=8.ckpt.tmp"):
+        (tmp_path / name).touch()
+    assert list(checkpoints(tmp_path).items()) == [(99_999_999, old), (100_000_000, new)]
+    assert newest_valid(tmp_path) == new
+
+
+def test_a_checkpoint_and_its_checksum_outlive_a_power_cut(tmp_path, monkeypatch):
+    """Their contents, before they have their names, and then the names."""
+    synced, real = [], os.fsync
+
+    def sync(descriptor):
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, (tmp_path / name).exists()))
+        real(descriptor)
+
+    name = "step=00000003.ckpt"
+    monkeypatch.setattr(os, "fsync", sync)
+    save(tmp_path, 3)
+    assert synced == [(f".{name}.tmp", False), (f"{name}.sha256", False), (tmp_path.name, True)]
 
 
 def test_a_checkpoint_appears_whole(tmp_path, monkeypatch):

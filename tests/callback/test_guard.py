@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import Callback
 
 from carrara.callback.ema import EMA
 from carrara.callback.guard import Guard
+from carrara.callback.json_lines import rows
 from carrara.errors import UserError
 from tests.tiny import batches, diffusion_model, equal, trainer, weights
 
@@ -92,6 +93,19 @@ def test_too_many_in_a_row_end_the_run(tmp_path):
         guarded(tmp_path, "nan_loss", {0, 2, 3, 4}, steps=9)
     guard, _ = guarded(tmp_path, "nan_loss", {0, 2, 3, 5, 6}, steps=9)
     assert guard.total == 5
+
+
+def test_a_resumed_run_forgets_the_steps_it_will_make_again(tmp_path):
+    path = tmp_path / "skipped_steps.jsonl"
+    first = trainer(tmp_path, Guard(path, 3), Poison("nan_loss", {1}), max_steps=3)
+    first.fit(diffusion_model(), batches(3))
+    first.save_checkpoint(tmp_path / "checkpoint")
+    with path.open("a") as file:  # a step of which there is no checkpoint
+        file.write(json.dumps({"step": 4, "gradient_norm": "nan", "keys": [["killed"]]}) + "\n")
+    again = trainer(tmp_path, Guard(path, 3), Poison("nan_loss", {0}), max_steps=5)
+    again.fit(diffusion_model(), batches(5, 3), ckpt_path=tmp_path / "checkpoint", weights_only=True)
+    keys = [["4", "5", "6", "7"], ["12", "13", "14", "15"]]
+    assert [(row["step"], *row["keys"]) for row in rows(path)] == [(2, keys[0]), (4, keys[1])]
 
 
 def test_the_count_goes_on_in_a_resumed_run(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
+from carrara.callback.json_lines import cut_back
 from carrara.callback.log import JsonLines, Wandb, counters
 
 
@@ -39,7 +40,7 @@ def test_lightnings_own_epoch_does_not_replace_ours(tmp_path):
 def test_a_resumed_run_forgets_what_it_will_log_again(tmp_path):
     log = log_of(tmp_path, 5, 10, 15, 20)
     log.log_metrics({"val/loss": 0.5}, 10)  # a step may have several lines
-    log.cut_back(10)
+    cut_back(log.path, 10)
     assert [row["step"] for row in lines(log)] == [5, 10, 10]
     log.log_metrics({"train/loss": 0.1}, 15)
     assert [row["step"] for row in lines(log)] == [5, 10, 10, 15]
@@ -51,14 +52,14 @@ def test_a_line_cut_by_a_kill_is_forgotten(tmp_path, cut):
     log = log_of(tmp_path, 5)
     with log.path.open("a") as file:
         file.write(cut)
-    log.cut_back(10)
+    cut_back(log.path, 10)
     log.log_metrics({"train/loss": 0.1}, 10)
     assert [row["step"] for row in lines(log)] == [5, 10]
 
 
 def test_there_may_be_nothing_to_cut(tmp_path):
     log = log_of(tmp_path)
-    log.cut_back(10)
+    cut_back(log.path, 10)
     assert not log.path.exists()
 
 

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import signal
 
@@ -7,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from carrara.callback.checkpoint import Checkpoints, retention
-from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoints
 from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
 from carrara.callback.log import JsonLines
@@ -30,9 +31,9 @@ class Send(Callback):
 
 def run(folder, *others: Callback, start=0, resume=None, score=lambda *_: {"val/loss": 1.0}, **changes):
     log, ema = JsonLines(folder / "metrics.jsonl", 4, 3), EMA(0.9)
-    checkpoints = Checkpoints(folder, 1e9, 3, retention(9, None, 0, dict), 4, ema)
+    saver = Checkpoints(folder, 1e9, 3, retention(9, None, 0, dict), 4, ema)
     evaluation = Evaluation([score], Validation(4), 3, ema, folder, log)  # type: ignore[arg-type]
-    callbacks = [ema, checkpoints, Stop(checkpoints), evaluation]
+    callbacks = [ema, saver, Stop(saver), evaluation]
     one = trainer(folder, *callbacks, *others, max_steps=6, logger=[log], plugins=[VerifiedCheckpointIO()], **changes)
     model = diffusion_model()
     micro = changes.get("accumulate_grad_batches", 1)
@@ -41,7 +42,7 @@ def run(folder, *others: Callback, start=0, resume=None, score=lambda *_: {"val/
 
 
 def steps(folder) -> list[int]:
-    return sorted(checkpoint_step(path) for path in folder.glob("step=*.ckpt"))
+    return list(checkpoints(folder))
 
 
 @pytest.mark.parametrize("signum", SIGNALS, ids=lambda signum: signum.name)
@@ -70,6 +71,45 @@ def test_accumulated_gradients_are_finished_first(tmp_path):
     with pytest.raises(SystemExit):
         run(tmp_path, Send("on_train_batch_start", 0, signal.SIGTERM), accumulate_grad_batches=3)
     assert steps(tmp_path) == [1]
+
+
+def full(checkpoint, file):
+    raise OSError(28, "No space left on device")
+
+
+def test_what_is_not_saved_is_not_said_to_be(tmp_path, monkeypatch, caplog):
+    """The disk is full from the start, or after a checkpoint."""
+    monkeypatch.setattr(torch, "save", full)
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit):
+        run(tmp_path / "a", Send("on_train_batch_start", 1, signal.SIGTERM))
+    assert steps(tmp_path / "a") == []
+    assert "SIGTERM: stopped after step 2; it is not saved, and resume=… goes on from the start" in caplog.text
+    monkeypatch.undo()
+
+    def fill(*_):
+        monkeypatch.setattr(torch, "save", full)
+        return {"val/loss": 1.0}
+
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit):
+        run(tmp_path / "b", Send("on_train_batch_start", 4, signal.SIGTERM), score=fill)
+    assert steps(tmp_path / "b") == [3]
+    assert "stopped after step 5; it is not saved, and resume=… goes on from step 3" in caplog.text
+
+
+def test_a_step_that_could_not_be_saved_is_not_given_up_in_an_evaluation(tmp_path, monkeypatch, caplog):
+    """The next one is finished, and its checkpoint tried again."""
+    monkeypatch.setattr(torch, "save", full)
+
+    def free(*_):
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"val/loss": 1.0}
+
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as stopped:
+        run(tmp_path, score=free)
+    assert stopped.value.code == 143
+    assert steps(tmp_path) == [4]
+    assert "SIGTERM: stopped after step 4; resume=… goes on from there" in caplog.text
 
 
 def test_an_evaluation_is_not_waited_for_and_made_up_for(tmp_path):

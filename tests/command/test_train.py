@@ -294,6 +294,38 @@ def test_resume_auto_takes_the_newest_unfinished_run_of_the_configuration(conf, 
     assert load_yaml(newest / "config.yaml")["trainer"]["devices"] == 1
 
 
+def test_resume_auto_in_a_sweep_goes_on_with_each_of_its_runs(conf, started):
+    arguments = ["-m", "resume=auto", "seed=1,2", "model=autoencoder"]
+    train.main(conf, arguments)
+    first = started.folders
+    for folder in first:
+        (folder / "component" / "card.json").unlink()
+    train.main(conf, arguments)
+    assert [folder.resolve() for folder in started.folders[2:]] == first
+    train.main(conf, [*arguments, "trainer.batch_size=4"])  # another configuration: runs of its own
+    assert not set(started.folders[4:]) & set(started.folders[:4]) and len(started) == 6
+    (first[1] / "component" / "card.json").unlink()
+    train.main(conf, ["resume=auto", "seed=2", "model=autoencoder"])
+    assert started.folders[-1].resolve() == first[1]
+
+
+@pytest.mark.parametrize("content", ["", "a: [1", "trainer: 5", None])
+def test_resume_auto_passes_over_a_run_that_cannot_be_read(conf, started, content, caplog):
+    arguments = ["resume=auto", "model=autoencoder"]
+    train.main(conf, arguments)
+    [folder] = started.folders
+    (folder / "component" / "card.json").unlink()
+    broken = folder.with_name("broken") / "config.yaml"
+    broken.parent.mkdir()
+    if content is None:
+        broken.mkdir()
+    else:
+        broken.write_text(content)
+    train.main(conf, arguments)
+    assert started.folders == [folder, folder]
+    assert (f"passing over {broken.parent}: {broken}" in caplog.text) == (content != "trainer: 5")  # readable
+
+
 def test_missing_shards_are_told_before_a_folder_is_made(conf, started):
     with pytest.raises(UserError, match=r"data\.urls"):
         train.main(conf, ["data.urls=nowhere/{0..3}.tar", "data.make=null"])

@@ -11,7 +11,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_name, checkpoint_step, remove
+from carrara.callback.checkpoint_file import (
+    VerifiedCheckpointIO,
+    checkpoint_name,
+    checkpoints,
+    remove,
+    set_aside,
+)
 from carrara.callback.ema import EMA, trainable
 from carrara.callback.ranks import gather
 from carrara.errors import UserError
@@ -39,7 +45,7 @@ class Checkpoints(Callback):
         ema: its average must be finite too.
 
     Attributes:
-        step: of the last one.
+        step: of the last one that was written; 0 if none was.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Checkpoints(Callback):
         self.batch_size = batch_size
         self.ema = ema
         self.step = 0
+        self._tried = 0
         self.saved_at = time.monotonic()
 
     def on_train_batch_end(
@@ -69,11 +76,13 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
-        if step != self.step and self._due(trainer, step):
+        if step not in (self.step, self._tried) and self._due(trainer, step):
             self.save(trainer, pl_module)
 
     def save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """A checkpoint of the step that has just been made, unless there is one. All ranks call it.
+
+        Whether it was written is in `step`.
 
         Raises:
             UserError: the weights are not finite; or it is the run's last step and the disk is full.
@@ -82,7 +91,7 @@ class Checkpoints(Callback):
         if step == self.step:
             return
         self._check_finite(pl_module, step)
-        self.step, self.saved_at = step, time.monotonic()
+        self._tried, self.saved_at = step, time.monotonic()
         trainer.save_checkpoint(self.folder / checkpoint_name(step))
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, VerifiedCheckpointIO)
@@ -92,15 +101,24 @@ class Checkpoints(Callback):
             raise UserError(f"{problem}; make room, then resume the run")
         if problem:
             _log.error("%s; it is tried again when the next is due", problem)
-        elif trainer.is_global_zero:
+            return
+        self.step = step
+        if trainer.is_global_zero:
             self._remove_others()
 
     def _remove_others(self) -> None:
-        paths = {checkpoint_step(path): path for path in self.folder.glob("step=*.ckpt")}
-        kept = self.keep(sorted(paths))
+        paths = checkpoints(self.folder)
+        kept = {self.step, *self.keep(list(paths))}
         for step, path in paths.items():
             if step not in kept:
                 remove(path)
+
+    def _set_aside_later(self) -> None:
+        """What could not be resumed from is damaged, and must not be taken for the newest when others are removed."""
+        for step, path in checkpoints(self.folder).items():
+            if step > self.step:
+                set_aside(path)
+                _log.warning("%s is set aside, and is named .rejected now", path)
 
     def _check_finite(self, pl_module: lightning.LightningModule, step: int) -> None:
         """Weights are alike on all ranks, so all find the same."""
@@ -131,19 +149,15 @@ class Checkpoints(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.step = checkpoint["global_step"]
+        if trainer.is_global_zero:  # all ranks have chosen by now
+            self._set_aside_later()
         states = checkpoint["random_states"]
         if len(states) == trainer.world_size:  # on another number of ranks nothing per rank can be carried over
             _set_random_state(states[trainer.global_rank], pl_module.device)
 
 
 def retention(newest: int, every: int | None, best: int, scores: Callable[[], Mapping[int, float]]) -> Keep:
-    """Which steps to keep: the `newest`, every multiple of `every`, and the `best` by their scores (the higher).
-
-    Raises:
-        UserError: without the newest there is nothing to go on from.
-    """
-    if newest < 1:
-        raise UserError(f"trainer.keep_checkpoints={newest}: at least the newest must be kept")
+    """Which steps to keep: the `newest` (1 or more), every multiple of `every`, the `best` by scores (the higher)."""
 
     def keep(steps: Sequence[int]) -> set[int]:
         known = scores() if best else {}
@@ -152,6 +166,18 @@ def retention(newest: int, every: int | None, best: int, scores: Callable[[], Ma
         return {*steps[-newest:], *regular, *(ranked[-best:] if best else [])}
 
     return keep
+
+
+def best_score(evaluated: Mapping[int, Mapping[str, float]], name: str, highest: bool) -> dict[int, float]:
+    """step -> one of the scores of its evaluation, its sign such that the highest is the best.
+
+    Where evaluations have no such score, the log says which they have.
+    """
+    found = {step: scores[name] * (1 if highest else -1) for step, scores in evaluated.items() if name in scores}
+    if evaluated and not found:
+        there = ", ".join(sorted(evaluated[max(evaluated)]))
+        _log.warning("no checkpoint is kept as one of the best: trainer.best_score=%s is none of %s", name, there)
+    return found
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
 
+_NAME = re.compile(r"step=(\d+)\.ckpt")
+
 
 class VerifiedCheckpointIO(CheckpointIO):
     """Saves through a temporary file of the same folder; loads tensors and plain data only, never objects.
@@ -50,7 +52,10 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
             _save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        _digest_file(path).write_text(digest(temporary))
+        with _digest_file(path).open("w") as recorded:
+            recorded.write(digest(temporary))
+            recorded.flush()
+            os.fsync(recorded.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
@@ -76,14 +81,26 @@ def remove(path: Path) -> None:
     _digest_file(path).unlink(missing_ok=True)
 
 
+def set_aside(path: Path) -> None:
+    """Renames a checkpoint to `….rejected`, which nothing takes for one."""
+    path.rename(path.with_name(path.name + ".rejected"))
+    _digest_file(path).unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """step -> file, in rising order; what somebody else has put beside them is none."""
+    found = {int(match[1]): path for path in folder.glob("step=*") if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
 def newest_valid(folder: Path) -> Path | None:
     """The newest checkpoint whose checksum holds; None if there is none at all.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
-    found = sorted(folder.glob("step=*.ckpt"), reverse=True)
-    for path in found:
+    found = checkpoints(folder)
+    for path in reversed(found.values()):
         if is_valid(path):
             return path
     if found:
@@ -112,7 +129,7 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoint_step(path: Path) -> int:
     """The optimizer step in a checkpoint's name."""
-    match = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
+    match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from carrara.callback.ema import trainable
+from carrara.callback.json_lines import cut_back
 from carrara.callback.ranks import gather
 from carrara.errors import UserError
 
@@ -47,6 +48,8 @@ class Guard(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
+        if trainer.is_global_zero:
+            cut_back(self.path, self._step)
 
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
         grads = [p.grad for _, p in trainable(pl_module) if p.grad is not None]

@@ -6,7 +6,7 @@ import os
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from carrara.callback.json_lines import rows
 
 _log = logging.getLogger(__name__)
 
@@ -57,31 +59,11 @@ class JsonLines(Logger):
     def scores(self) -> dict[int, dict[str, float]]:
         """What evaluations have logged: step -> scores."""
         found = {}
-        for row in self._rows():
+        for row in rows(self.path):
             values = {name: value for name, value in row.items() if name.startswith("val")}
             if values:
                 found[row["step"]] = values
         return found
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        if not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                row["step"]
-            except (ValueError, KeyError):  # a line cut by a kill
-                continue
-            yield row
-
-    def cut_back(self, step: int) -> None:
-        """Forget what was logged after `step`, before a resumed run logs it again."""
-        if not self.path.exists():
-            return
-        kept = [json.dumps(row) + "\n" for row in self._rows() if row["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
 
 
 def counters(step: int, batch_size: int, steps_per_epoch: int) -> dict[str, int]:

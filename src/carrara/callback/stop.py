@@ -56,7 +56,12 @@ class Stop(Callback):
         if signum:
             self.checkpoints.save(trainer, pl_module)
             if trainer.is_global_zero:
-                name = signal.Signals(signum).name
-                _log.info("%s: stopped after step %d; resume=… goes on from there", name, self.step)
+                _log.info("%s: stopped after step %d; %s", signal.Signals(signum).name, self.step, self._way_on())
             raise SystemExit(128 + signum)
         self.saved = self.checkpoints.step == self.step
+
+    def _way_on(self) -> str:
+        last = self.checkpoints.step
+        if last == self.step:
+            return "resume=… goes on from there"
+        return f"it is not saved, and resume=… goes on from {f'step {last}' if last else 'the start'}"

@@ -58,7 +58,7 @@ class Job:
 
     Attributes:
         overrides: of the command line.
-        folder: for the run; None makes a new one.
+        folder: for the run, if it is a new one; None makes one.
     """
 
     conf_dir: Path
@@ -88,14 +88,14 @@ def train(job: Job, start: Start) -> None:
     parts.train_missing(needed, lambda folder: start(folder, devices))
     config = parts.with_parts(config, needed)
     runs_dir = Path(config["runs_dir"])
-    folder = resumed or job.folder
-    if config["resume"] == "auto" and folder is None:
+    folder = resumed
+    if config["resume"] == "auto":
         folder = run_folder.newest_unfinished(runs_dir, config)
         if folder is not None:
             _log.info("resuming %s", folder)
             config = run_folder.continued(run_folder.load_config(folder), _changes(config))
     if folder is None:
-        folder = run_folder.create_run_folder(runs_dir, config["name"], config["data"]["name"])
+        folder = job.folder or run_folder.create_run_folder(runs_dir, config["name"], config["data"]["name"])
     with run_folder.claim(folder):
         run_folder.save_config(folder, {**config, "resume": None})
         start(folder, devices)

@@ -1,0 +1,90 @@
+"""A run goes on with what it began with: the same shards in the same order, the same frozen parts."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from carrara.data.manifest import Manifest
+from carrara.data.module import ShardData
+from carrara.errors import UserError
+
+Shards = list[list[str]]  # name and digest of each, in their order
+
+
+class Inputs(Callback):
+    """Every checkpoint says what the run is trained on, and is gone on from with nothing else.
+
+    Where shards and parts lie does not matter, and nor does what is in no checkpoint yet. Stands before `Checkpoints`.
+
+    Args:
+        data: what is trained and validated on.
+        parts: SHA-256 of the frozen parts' weights, by the keys of the run's `part`.
+    """
+
+    def __init__(self, data: ShardData, parts: Mapping[str, str]):
+        self.inputs: dict[str, Any] = {
+            "parts": dict(parts),
+            "shards": {"urls": _shards(data.manifest), "val_urls": _shards(data.val_manifest)},
+            "data": data.fingerprint,
+        }
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["inputs"] = self.inputs
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Every rank looks at its own.
+
+        Raises:
+            UserError: something is another than it was; what that is.
+        """
+        change = _change(checkpoint["inputs"], self.inputs)
+        if change:
+            raise UserError(
+                f"this run cannot go on: {change}. Put back what it was trained with so far, or start a new run, "
+                "without resume"
+            )
+
+
+def _shards(manifest: Manifest) -> Shards:
+    return [[shard.name, shard.digest] for shard in manifest.shards]
+
+
+def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is not as it was; nothing if all is."""
+    for kind in sorted(before["parts"].keys() | now["parts"].keys()):
+        then, here = before["parts"].get(kind, "none"), now["parts"].get(kind, "none")
+        if then != here:
+            return f"part.{kind} has other weights than it had (SHA-256 {here[:12]}…, then {then[:12]}…)"
+    for key in now["shards"]:
+        change = _change_of_shards(before["shards"][key], now["shards"][key])
+        if change:
+            return f"data.{key}: {change}"
+    if before["data"] != now["data"]:
+        return "other samples of the shards are taken than before, or they are decoded otherwise"
+    return ""
+
+
+def _change_of_shards(before: Shards, now: Shards) -> str:
+    then, here = (Counter(map(tuple, shards)) for shards in (before, now))
+    gone, come = ([name for name, _ in rest.elements()] for rest in (then - here, here - then))
+    changed, gone, come = (
+        [name for name in gone if name in come],
+        [name for name in gone if name not in come],
+        [name for name in come if name not in gone],
+    )
+    told = [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {what}"
+        for names, what in ((changed, "changed"), (gone, "gone"), (come, "new"))
+        if names
+    ]
+    if not told and before != now:
+        first = next(a for a, b in zip(before, now, strict=True) if a != b)
+        return f"the shards are in another order, from {first[0]} on"
+    return ", ".join(told)
