@@ -9,9 +9,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from carrara.data import manifest as manifest_module
 from carrara.data.eligibility import eligible
 from carrara.data.manifest import Manifest
-from carrara.data.shard_index import CAPTION, IMAGE, JSON, scan
+from carrara.data.shard_index import CAPTION, IMAGE, JSON, ShardIndex, scan
 from carrara.data.tar_walk import Problem, walk
 from carrara.errors import UserError
+from tests.shards import within
 
 
 def contents(path, index):
@@ -85,6 +86,47 @@ def test_sizes_in_base_256_and_pax_records_are_read(sample):
     info.pax_headers = {"size": "700", "path": "b.png"}
     record = info.tobuf(tarfile.PAX_FORMAT)
     assert walk(record + bytes(1024)) == ([("b.png", len(record), 700)], [])
+
+
+def pax(records, name="a.png", payload=b"p" * 10):
+    """An archive of one member, behind a pax record of these bytes."""
+
+    def member(kind, name, data):
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, len(data)
+        return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+    return member(tarfile.XHDTYPE, "x", records) + member(tarfile.REGTYPE, name, payload) + bytes(1024)
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -1536, -(10**6)])
+def test_a_pax_record_of_a_negative_size_does_not_lead_back(size):
+    """To the record itself, say, for ever."""
+    record = f"{len(str(size)) + 9} size={size}\n".encode()
+    with within(5):
+        assert walk(pax(record)) == ([("a.png", 1536, 10)], [])
+
+
+def test_a_pax_record_is_read_once_and_up_to_its_first_megabyte():
+    path = b"14 path=b.png\n"
+    many = b"9 a=bcd1\n" * 100_000
+    with within(5):
+        assert walk(pax(many + path))[0][0].name == "b.png"
+        assert walk(pax(b"9 a=bcd1\n" * 3_000_000 + path))[0][0].name == "a.png"
+
+
+def test_a_name_that_is_too_long_costs_its_member_alone(tmp_path, write_tar, sample):
+    """And does not make the index, whose keys and problems are as wide as the widest, a thousand times as large."""
+    long = "é" * 500_000
+    names = [f"{k:04d}.png" for k in range(300)] + [f"{long}.png", f"{'n' * 1021}.png"]
+    path = write_tar("a.tar", [(name, b"p") for name in names])
+    index = scan(str(path), None)
+    assert keys(index) == [f"{k:04d}" for k in range(300)]
+    assert [problem.reason for problem in index.problems] == ["long_name"] * 2
+    assert index.problems[0].place == "é" * 512 and index.keys.itemsize == 4
+    index.save(tmp_path / "index.npz")
+    assert (tmp_path / "index.npz").stat().st_size < 50_000
+    assert ShardIndex.load(tmp_path / "index.npz").problems == index.problems
 
 
 def test_trap_4_a_garbage_header_costs_its_own_sample_only(write_shard):

@@ -23,7 +23,7 @@ from carrara.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 5  # of the index files; another number makes them anew
+_VERSION = 6  # of the index files; another number makes them anew
 _SERIAL = 4  # up to so many shards are scanned without other processes
 
 

@@ -49,6 +49,12 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         """Atomically."""
+        about = [
+            self.problems,
+            self.bytes,
+            self.sha256,
+            self.cached,
+        ]  # as JSON: in an array all were as wide as the widest
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
             try:
                 np.savez(
@@ -58,8 +64,7 @@ class ShardIndex:
                     pictures=self.pictures,
                     names=np.array(list(self.columns), dtype=np.str_),
                     values=np.array(list(self.columns.values()), dtype=np.float64),
-                    problems=np.array(self.problems, dtype=np.str_).reshape(-1, 2),
-                    about=np.array([str(self.bytes), self.sha256, self.cached], dtype=np.str_),
+                    about=np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
                 )
                 os.replace(file.name, path)
             except BaseException:
@@ -69,15 +74,16 @@ class ShardIndex:
     @classmethod
     def load(cls, path: str | Path) -> "ShardIndex":
         with np.load(path, allow_pickle=False) as arrays:
+            problems, size, sha256, cached = json.loads(arrays["about"].tobytes())
             return cls(
                 keys=arrays["keys"],
                 members=arrays["members"],
                 pictures=arrays["pictures"],
                 columns=dict(zip(arrays["names"].tolist(), arrays["values"], strict=True)),
-                problems=[Problem(*row) for row in arrays["problems"].tolist()],
-                bytes=int(arrays["about"][0]),
-                sha256=str(arrays["about"][1]),
-                cached=str(arrays["about"][2]),
+                problems=[Problem(*row) for row in problems],
+                bytes=size,
+                sha256=sha256,
+                cached=cached,
             )
 
 
