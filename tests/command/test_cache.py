@@ -53,7 +53,10 @@ def make(write_shard, sample, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for s in range(3):
         samples = {
-            f"{k:03d}": {**sample(k), "txt": f"a {'big red' if k % 2 else 'blue'} disc".encode()}
+            f"{k:03d}": {
+                **sample(k, {"other": "a green cube"}),
+                "txt": f"a {'big red' if k % 2 else 'blue'} disc".encode(),
+            }
             for k in range(12 * s, 12 * s + 12)
         }
         if s == 1:
@@ -181,6 +184,7 @@ def test_a_cache_is_used_where_it_fits(make, parts, tmp_path):
         ("crop", {"crop": "none"}),
         ("encoder", {"text": "bert"}),
         ("max_length", {"max_length": 9}),
+        ("caption", {"caption": "other"}),
     ],
 )
 def test_a_cache_of_something_else_is_refused_by_the_field(make, parts, tmp_path, field, changes):
@@ -189,6 +193,7 @@ def test_a_cache_of_something_else_is_refused_by_the_field(make, parts, tmp_path
         "val_samples": 4,
         "cache_dir": str(tmp_path / "index"),
         "crop": changes.get("crop", "center"),
+        "caption": changes.get("caption", ".txt"),
     }
     there = ShardData("x", f"{folder}/*.tar", changes.get("resolution", RESOLUTION), **settings)
     conditioner = Pretrained(str(parts / changes.get("text", "clip")), WIDTH, changes.get("max_length", 16))

@@ -16,14 +16,14 @@ from filelock import FileLock, Timeout
 from webdataset import TarWriter
 
 from carrara.autoencoder.base import Autoencoder
-from carrara.build import latent_facts
+from carrara.build import latent_facts, text_facts
 from carrara.component import load_component
 from carrara.conditioner.pretrained import Pretrained
 from carrara.config import Config, build
 from carrara.data.cached import SUFFIX, Cached, Facts, pack
 from carrara.data.decode import DecodeError
 from carrara.data.module import ShardData
-from carrara.data.reader import Sample, Samples
+from carrara.data.reader import Decoding, Sample, Samples
 from carrara.data.shard_index import CAPTION, IMAGE, JSON, scan
 from carrara.errors import UserError
 from carrara.parts import find_component
@@ -47,7 +47,7 @@ def cache(order: Config) -> None:
         raise UserError("data.flip, data.crop=random and data.bucket_aspect do not go with a cache: leave them out")
     folder = find_component(str(order["part"]["autoencoder"]), "autoencoder", Path(order["runs_dir"]))
     data: ShardData = build({key: value for key, value in node.items() if key not in ("make", "root")})
-    encoder = _Encoder.load(folder, order, latent_facts(folder, data.decoding))
+    encoder = _Encoder.load(folder, order, data.decoding)
     out = Path(order["out"])
     out.mkdir(parents=True, exist_ok=True)
     skipped: Counter[str] = Counter()
@@ -79,12 +79,13 @@ class _Encoder:
     facts: Facts
 
     @classmethod
-    def load(cls, folder: Path, order: Config, facts: Facts) -> "_Encoder":
+    def load(cls, folder: Path, order: Config, decoding: Decoding) -> "_Encoder":
         autoencoder, _ = load_component(folder, "autoencoder")
         text = build(order["conditioner"])
         assert isinstance(autoencoder, Autoencoder)
+        facts = latent_facts(folder, autoencoder, decoding)
         if isinstance(text, Pretrained):
-            facts = facts | text.facts()
+            facts |= text_facts(text, decoding)
         elif order["conditioner"]["_target_"] != "carrara.conditioner.text.Unconditional":
             raise UserError("conditioner: only frozen text encoders can be cached: clip, t5, bert, gpt2, or none")
         facts = {**facts, "dtype": order["dtype"]}
