@@ -19,6 +19,7 @@ from carrara.conditioner.pretrained import Pretrained
 from carrara.data.cached import facts_of
 from carrara.data.module import ShardData
 from carrara.data.reader import Use
+from carrara.data.shard_index import scan
 from carrara.errors import UserError
 from tests.conditioner.test_pretrained import WIDTH, bert, clip_text_model
 from tests.tiny import diffusion_model, kl, objective, unet
@@ -133,7 +134,9 @@ def test_shards_hold_what_they_held_and_the_cache(make, capsys):
     members = contents(folder / "0.tar")
     for name, content in contents(Path("plain/0.tar")).items():
         assert members.pop(name) == content
+    made_of = json.loads(members.pop("__made_of__/shard.json"))
     assert sorted(members) == [f"{k:03d}.cache.npz" for k in range(12)]
+    assert made_of.items() > json.loads(facts_of(members["003.cache.npz"])).items()
     facts = json.loads(facts_of(members["003.cache.npz"]))
     assert facts["resolution"] == RESOLUTION and facts["crop"] == "center" and facts["max_length"] == 16
     assert all(len(facts[name]) == 64 for name in ("autoencoder", "encoder", "tokenizer"))
@@ -153,8 +156,44 @@ def test_what_is_there_is_left_and_what_others_make_too(make, parts, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("[01].tar")} == {
         k: before[k] for k in ("0.tar", "1.tar")
     }
-    with pytest.raises(UserError, match=r"0\.tar was made with something else"):
+    with pytest.raises(UserError, match=r"0\.tar was made with something else \(autoencoder\)"):
         make(f"part.autoencoder={parts}/other")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("data.filters.min_width=2", "eligible"),
+        ("data.caption=other", "source, caption"),
+        ("data.max_pixels=70", "max_pixels"),
+        ("pictures", "source"),
+    ],
+)
+def test_shards_made_of_something_else_are_not_taken_for_made(make, write_shard, sample, change, field):
+    """Of other samples of the same shard, other captions, or a shard that is another by now."""
+    facts = {"other": "x"}
+    write_shard("plain/0.tar", {str(k): sample(k, {"width": 1 + k, **facts}) for k in range(3)})
+    given = ["data.urls=plain/0.tar", "data.val_samples=1"]
+    make(*given, text=False)
+    if change == "pictures":
+        write_shard("plain/0.tar", {str(k): sample(k + 3, {"width": 1 + k, **facts}) for k in range(3)})
+        change = "data.filters.min_width=null"
+    with pytest.raises(UserError, match=rf"0\.tar was made with something else \({field}\)"):
+        make(*given, change, text=False)
+
+
+def test_keys_that_are_no_utf8_stay_as_they_are(make, sample):
+    names = ["caf\udce9", "caf\udce8", "x" * 95]
+    with tarfile.open("plain/0.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name in names:
+            for suffix, content in sample(1).items():
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    folder = make("data.urls=plain/0.tar", "data.val_samples=1", text=False)
+    index = scan(str(folder / "0.tar"))
+    assert index.problems == []
+    assert [key.decode("utf-8", "surrogateescape") for key in index.keys.tolist()] == names
 
 
 def config(parts: Path, autoencoder: str = "autoencoder") -> dict:

@@ -267,6 +267,22 @@ def test_many_shards_are_scanned_as_few_are(write_shard, tmp_path):
         assert (alone.digest, alone.num_samples) == (shard.digest, shard.num_samples)
 
 
+@pytest.mark.parametrize("changed", ["pictures", "captions", "one picture of few"])
+def test_shards_of_the_same_keys_and_sizes_are_told_apart_by_what_they_hold(write_shard, sample, tmp_path, changed):
+    count = 5 if changed == "one picture of few" else 300
+    samples = {f"{k:03d}": sample(k) for k in range(count)}
+    other = {key: dict(members) for key, members in samples.items()}
+    for k, members in enumerate(other.values()):
+        if changed == "captions":
+            members["txt"] = members["txt"].replace(b"caption", b"CAPTION")
+        elif changed == "pictures" or k == 3:
+            members["png"] = sample(k + 2000)["png"]
+    one = load(tmp_path, write_shard("one/a.tar", samples)).shards[0]
+    again = load(tmp_path, write_shard("again/a.tar", samples)).shards[0]
+    two = load(tmp_path, write_shard("two/a.tar", other)).shards[0]
+    assert one.bytes == two.bytes and one.digest == again.digest != two.digest
+
+
 FACTS = [
     {"WIDTH": 100, "HEIGHT": 50, "punsafe": 0.1, "similarity": 0.5, "aesthetic": 6, "pwatermark": 0.2},
     {"WIDTH": 100.0, "HEIGHT": 100.0, "punsafe": 0.9, "similarity": 0.4, "aesthetic": 5.0, "pwatermark": 0.2},

@@ -1,5 +1,6 @@
 """`python shards.py do=cache`: shards that hold, beside each picture, what frozen parts make of it."""
 
+import hashlib
 import json
 import logging
 import os
@@ -8,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from webdataset import TarWriter
 
 from carrara.autoencoder.base import Autoencoder
@@ -22,18 +23,22 @@ from carrara.conditioner.pretrained import Pretrained
 from carrara.config import Config, build
 from carrara.data.cached import SUFFIX, Cached, Facts, pack
 from carrara.data.decode import DecodeError
+from carrara.data.manifest import Shard
 from carrara.data.module import ShardData
 from carrara.data.reader import Decoding, Sample, Samples
-from carrara.data.shard_index import CAPTION, IMAGE, JSON, scan
+from carrara.data.shard_index import CAPTION, IMAGE, JSON
+from carrara.data.tar_walk import walk
 from carrara.errors import UserError
 from carrara.parts import find_component
 from carrara.precision import default_device
 
 _log = logging.getLogger(__name__)
+_MADE_OF = "__made_of__/shard"  # the first member's key; `webdataset` passes over what stands in __…__, as we do
+_LONGEST = 1 << 16  # bytes in which it lies
 
 
 def cache(order: Config) -> None:
-    """Writes a shard into `out` for each of `data.urls`; those that are there already, made alike, are left.
+    """Writes a shard into `out` for each of `data.urls`; those that are there already, made of the same, are left.
 
     The same command on other machines that share the folder takes other shards.
 
@@ -57,14 +62,15 @@ def cache(order: Config) -> None:
     if len(set(names)) < len(names):
         raise UserError("data.urls: two shards have the same name, and would be one in out")
     for number, shard in enumerate(data.manifest.shards):
-        target = out / shard.name
+        target, eligible = out / shard.name, data.eligible_in(number)
+        made_of = _made_of(shard, eligible, data.decoding, encoder.facts)
         try:
             with FileLock(out / f".{shard.name}.lock", timeout=0):
                 if target.exists():
-                    _check_alike(target, encoder.facts)
+                    _check_alike(target, made_of)
                     continue
-                ids = np.arange(*data.manifest.starts[number : number + 2])[data.eligible_in(number)]
-                _write(target, samples, ids.tolist(), encoder, order["batch_size"], skipped)
+                ids = np.arange(*data.manifest.starts[number : number + 2])[eligible]
+                _write(target, made_of, samples, ids.tolist(), encoder, order["batch_size"], skipped)
                 made += 1
         except Timeout:
             _log.info("%s is being made by another process", target)
@@ -115,11 +121,19 @@ class _Encoder:
 
 
 def _write(
-    target: Path, samples: Samples, ids: list[int], encoder: _Encoder, batch_size: int, skipped: Counter[str]
+    target: Path,
+    made_of: Facts,
+    samples: Samples,
+    ids: list[int],
+    encoder: _Encoder,
+    batch_size: int,
+    skipped: Counter[str],
 ) -> None:
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".partial", delete=False) as file:
         try:
-            _fill(file, samples, ids, encoder, batch_size, skipped)
+            with TarWriter(file, encoder=False, mtime=0) as tar:
+                tar.write({"__key__": _MADE_OF, "json": json.dumps(made_of).encode()})
+                _fill(tar, samples, ids, encoder, batch_size, skipped)
             os.replace(file.name, target)
         except BaseException:
             os.unlink(file.name)
@@ -127,21 +141,20 @@ def _write(
 
 
 def _fill(
-    file: IO[bytes], samples: Samples, ids: list[int], encoder: _Encoder, batch_size: int, skipped: Counter[str]
+    tar: TarWriter, samples: Samples, ids: list[int], encoder: _Encoder, batch_size: int, skipped: Counter[str]
 ) -> None:
-    with TarWriter(file, encoder=False, mtime=0) as tar:
-        for start in range(0, len(ids), batch_size):
-            good: list[tuple[int, Sample]] = []
-            for number in ids[start : start + batch_size]:
-                try:
-                    good.append((number, samples.load(number)))
-                except DecodeError as error:
-                    skipped[error.reason] += 1
-            if not good:
-                continue
-            for (number, sample), member in zip(good, encoder([one for _, one in good]), strict=True):
-                row = {"__key__": sample.key.partition("/")[2], **_members(samples, number)}
-                tar.write(row | {SUFFIX.removeprefix("."): member})
+    for start in range(0, len(ids), batch_size):
+        good: list[tuple[int, Sample]] = []
+        for number in ids[start : start + batch_size]:
+            try:
+                good.append((number, samples.load(number)))
+            except DecodeError as error:
+                skipped[error.reason] += 1
+        if not good:
+            continue
+        for (number, _), member in zip(good, encoder([one for _, one in good]), strict=True):
+            row = {"__key__": samples.reader.member(number), **_members(samples, number)}
+            tar.write(row | {SUFFIX.removeprefix("."): member})
 
 
 def _members(samples: Samples, number: int) -> dict[str, bytes]:
@@ -158,7 +171,26 @@ def _members(samples: Samples, number: int) -> dict[str, bytes]:
     return found
 
 
-def _check_alike(target: Path, facts: Facts) -> None:
-    found = scan(str(target), None).cached
-    if not found or json.loads(found) != facts:
-        raise UserError(f"{target} was made with something else: remove it, or take another out")
+def _made_of(shard: Shard, eligible: NDArray[np.bool_], decoding: Decoding, facts: Facts) -> Facts:
+    """All that a shard of the cache depends on."""
+    return facts | {
+        "source": shard.digest,
+        "eligible": hashlib.sha256(eligible.tobytes()).hexdigest(),
+        "caption": decoding.caption,  # whether it is encoded or not
+        "max_pixels": decoding.max_pixels,
+    }
+
+
+def _check_alike(target: Path, made_of: Facts) -> None:
+    """Raises UserError unless `made_of` is what stands in the shard."""
+    try:
+        with target.open("rb") as file:
+            start = file.read(_LONGEST)
+        members, _ = walk(start)
+        found = [json.loads(start[at : at + size]) for name, at, size in members if name == f"{_MADE_OF}.json"]
+    except (OSError, ValueError):
+        found = []
+    if found[:1] != [made_of]:
+        old = found[0] if found and isinstance(found[0], dict) else {}
+        fields = [field for field, value in made_of.items() if old.get(field) != value]
+        raise UserError(f"{target} was made with something else ({', '.join(fields)}): remove it, or take another out")

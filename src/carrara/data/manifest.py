@@ -39,7 +39,7 @@ class Shard:
     cached: str  # facts of its cache
     index_path: str
     num_samples: int
-    digest: str  # of keys, offsets and sizes: the shard's content as far as a scan sees it
+    digest: str  # of keys, offsets, sizes and the index's `ends`: the shard's content as far as a scan sees it
     problems: dict[str, int]  # reason -> count
 
 
@@ -176,6 +176,6 @@ def _shard(
         cached=index.cached,
         index_path=str(place),
         num_samples=len(index.keys),
-        digest=hashlib.sha256(index.keys.tobytes() + index.members.tobytes()).hexdigest()[:16],
+        digest=hashlib.sha256(index.keys.tobytes() + index.members.tobytes() + b"%d" % index.ends).hexdigest()[:16],
         problems=dict(Counter(problem.reason for problem in index.problems)),
     )

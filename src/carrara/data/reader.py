@@ -89,9 +89,14 @@ class ShardReader:
         return shard, sample - int(self._starts[shard])
 
     def key(self, sample: int) -> str:
+        """`shard/key`, to be shown."""
+        key = self.member(sample).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return f"{self.manifest.shards[self.locate(sample)[0]].name}/{key}"
+
+    def member(self, sample: int) -> str:
+        """The key in its shard, as `tarfile` has it: bytes that are no UTF-8 are surrogates."""
         shard, row = self.locate(sample)
-        key = bytes(self._opened(shard).keys[row]).decode("utf-8", "replace")
-        return f"{self.manifest.shards[shard].name}/{key}"
+        return bytes(self._opened(shard).keys[row]).decode("utf-8", "surrogateescape")
 
     def read(self, sample: int, part: int) -> bytes:
         """Bytes of its IMAGE, CAPTION or JSON, empty if it has none. Raises DecodeError: unreadable."""
