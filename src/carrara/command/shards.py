@@ -58,13 +58,23 @@ def _inspect(order: dict[str, Any]) -> None:
 
 
 def _scan_remote(node: dict[str, Any]) -> None:
-    """Remote shards become known: fetched, scanned, and kept as far as there is room."""
+    """Remote shards become known: fetched, scanned, and kept as far as there is room.
+
+    Raises:
+        UserError: some cannot be read; all others are known then.
+    """
     cache = ShardCache(node["cache_dir"], node["cache_bytes"])
     for key in ("urls", "val_urls"):
         if node[key] is not None:
-            scan_all(
-                unpacked(expand(node[key], f"data.{key}"), node["cache_dir"]), node["cache_dir"], node["caption"], cache
-            )
+            paths = unpacked(expand(node[key], f"data.{key}"), node["cache_dir"])
+            mistakes = [
+                found
+                for found in scan_all(paths, node["cache_dir"], node["caption"], cache)
+                if isinstance(found, UserError)
+            ]
+            if mistakes:
+                others = f" (and {len(mistakes) - 1:,} more, see do=doctor)" if len(mistakes) > 1 else ""
+                raise UserError(f"{mistakes[0]}{others}")
 
 
 def _doctor(order: dict[str, Any]) -> None:

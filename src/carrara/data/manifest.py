@@ -154,6 +154,8 @@ def _scanned(
     except OSError as error:
         return UserError(f"cannot read the shard {path}: {error.strerror}")
     except UserError as mistake:
+        if cache is not None and is_remote(path):
+            cache.forget(path)
         return mistake
     place = _index_path(path, status, folder, caption, pictures)
     index.save(place)
