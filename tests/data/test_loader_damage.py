@@ -174,6 +174,14 @@ def test_a_caption_in_the_json_is_read(loader, write_shard, sample, tmp_path):
     assert sorted(batch["captions"]) == [f"text {v}" for v in range(4)]
 
 
+def test_a_caption_of_white_space_alone_is_none(loader, write_shard, sample, tmp_path):
+    samples = {str(v): sample(v) for v in range(8)}
+    samples["3"]["txt"], samples["5"]["txt"] = b" \n\t ", b"\0"
+    manifest = Manifest.load([str(write_shard("a.tar", samples))], tmp_path / "cache")
+    (batch,) = loader(manifest, batch=8)
+    assert batch["skipped"] == {"empty_caption": 2} and all(batch["captions"])
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [

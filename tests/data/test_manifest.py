@@ -322,6 +322,18 @@ def test_trap_9_filters_fail_closed(write_shard, sample, tmp_path, filters, pass
     assert reasons == counts
 
 
+def test_trap_9_infinities_fail_closed(write_shard, sample, tmp_path):
+    facts = [b'{"width": Infinity, "punsafe": 0.1}', b'{"width": 9, "punsafe": -Infinity}', b'{"width": 1e999}']
+    path = write_shard("a.tar", {str(v): {**sample(v), "json": one} for v, one in enumerate(facts)} | {"3": sample(3)})
+    manifest = load(tmp_path, path)
+    for filters, passing, counts in (
+        ({"min_width": 8}, 1, {"width_null": 3}),
+        ({"max_punsafe": 0.5}, 0, {"punsafe_null": 3}),
+    ):
+        mask, reasons = eligible(manifest, ".txt", filters)
+        assert np.flatnonzero(mask).tolist() == [passing] and reasons == counts
+
+
 def test_trap_9_a_column_that_some_shards_lack_is_null_there(write_shard, sample, tmp_path):
     with_column = write_shard("a.tar", {str(v): sample(v, {"punsafe": 0.1}) for v in range(3)})
     without = write_shard("b.tar", range(4))

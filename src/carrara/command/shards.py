@@ -82,11 +82,18 @@ def _doctor(order: dict[str, Any]) -> None:
     decoding = Decoding(node["resolution"], node["caption"], node["crop"], node["flip"], node["max_pixels"])
     cache = ShardCache(node["cache_dir"], node["cache_bytes"])
     paths = unpacked(expand(node["urls"]), node["cache_dir"])
+    report = None if order["out"] is None else Path(order["out"])
+    if report is not None:  # that it can be written is known before hours of decoding
+        try:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.open("a").close()
+        except OSError as error:
+            raise UserError(f"out={report} cannot be written: {error.strerror}") from None
     health = examine(paths, node["cache_dir"], cache, decoding, node["filters"], order["num_processes"])
+    if report is not None:
+        report.write_text(health.as_json() + "\n", encoding="utf-8")
     for line in health.lines():
         print(line)
-    if order["out"] is not None:
-        Path(order["out"]).write_text(health.as_json() + "\n", encoding="utf-8")
     if health.exceeds(node["max_bad_fraction"]):
         show_error(UserError(f"more is wrong than data.max_bad_fraction={node['max_bad_fraction']:g} allows"))
         raise RunFailed(1)

@@ -208,6 +208,7 @@ class Samples:
         raise UserError(f"{TRIES} samples in a row cannot be decoded ({histogram}); check the shards in data.urls")
 
     def caption(self, sample: int) -> str:
+        """ "" if none is asked for. Raises DecodeError: unreadable, no_caption."""
         caption = self.decoding.caption
         if caption is None:
             return ""
@@ -219,6 +220,8 @@ class Samples:
 
     def _decode(self, sample: int, u: Sequence[float], size: Size | None) -> Sample:
         caption = self.caption(sample)
+        if not caption and self.decoding.caption is not None:  # white space, which a scan has not looked into
+            raise DecodeError("empty_caption")
         if self.use != "pictures":
             facts = self.reader.manifest.shards[self.reader.locate(sample)[0]].cached
             cached = unpack(self.reader.read(sample, CACHED), facts, self.use == "latents_and_text")

@@ -202,8 +202,9 @@ def _is_number(value: object) -> bool:
 
 
 def _number(value: object) -> float:
-    """A JSON number; NaN for null, text, true, false and what no float can hold."""
+    """A JSON number; NaN for null, text, true, false, infinities and what no float can hold."""
     try:
-        return float(value) if _is_number(value) else math.nan  # type: ignore[arg-type]
+        number = float(value) if _is_number(value) else math.nan  # type: ignore[arg-type]
     except OverflowError:
         return math.nan
+    return number if math.isfinite(number) else math.nan
