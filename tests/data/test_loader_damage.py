@@ -1,5 +1,6 @@
 """The loader on damaged shards, wrong stages and changed files: counted, named, never endless."""
 
+import itertools
 import json
 import pickle
 
@@ -84,6 +85,10 @@ def reject_some(samples):
     return (sample for sample in samples if sample["position"] != 17)
 
 
+def end_early(samples):
+    yield from itertools.islice(samples, 24)
+
+
 def label(samples):
     for sample in samples:
         yield {
@@ -95,7 +100,7 @@ def label(samples):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_trap_6_a_stage_that_rejects_samples_is_an_error_and_no_endless_loop(loader, manifest, workers):
-    for stage, message in ((reject_all, "holds back"), (reject_some, "drops or reorders")):
+    for stage, message in ((reject_all, "holds back"), (reject_some, "drops or reorders"), (end_early, "an end")):
         one = loader(manifest, stages=[stage], num_workers=workers)
         with pytest.raises(UserError, match=message):
             list(one)

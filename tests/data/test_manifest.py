@@ -1,5 +1,6 @@
 """Scanning shards: whatever is whole is found, whatever is not is named."""
 
+import errno
 import tarfile
 
 import numpy as np
@@ -11,7 +12,7 @@ from carrara.data.eligibility import eligible
 from carrara.data.manifest import Manifest
 from carrara.data.shard_index import CAPTION, IMAGE, JSON, ShardIndex, scan
 from carrara.data.tar_walk import Problem, walk
-from carrara.errors import UserError
+from carrara.errors import MachineError, UserError
 from tests.shards import within
 
 
@@ -256,6 +257,17 @@ def test_an_index_is_kept_until_the_shard_changes(write_shard, tmp_path, monkeyp
     for index in (tmp_path / "cache").rglob("*.npz"):
         index.write_bytes(index.read_bytes()[:200])
     assert len(load(tmp_path, path)) == 7
+
+
+def test_a_full_disk_is_told_in_one_line(write_shard, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write_shard("a.tar", range(5))
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(MachineError, match=r"data\.cache_dir: cannot write .*\.npz: No space left"):
+        load(tmp_path, path)
+    assert list((tmp_path / "cache").rglob("*.*")) == []
 
 
 def test_many_shards_are_scanned_as_few_are(write_shard, tmp_path):

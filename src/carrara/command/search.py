@@ -42,9 +42,6 @@ def search(order: Config) -> None:
     least = order["duplicates"]
     if least is not None and not (type(least) in (int, float) and -1 <= least <= 1):
         raise UserError(f"duplicates={least} is a cosine from -1 to 1, say 0.98")
-    for key in ("num_results", "batch_size"):
-        if type(order[key]) is not int or order[key] < 1:
-            raise UserError(f"{key} must be a whole number from 1 on, not {order[key]!r}")
     if order["part"]["evaluator"] is None:
         raise UserError(
             "part.evaluator=…: name the evaluator that looks at the pictures, a component's or a run's folder"

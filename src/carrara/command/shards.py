@@ -16,6 +16,7 @@ from carrara.data.source import expand, unpacked
 from carrara.errors import UserError
 
 NAME = "shards"
+_LEAST = {"num_captions": 0, "num_processes": 1, "num_results": 1, "batch_size": 1}
 
 
 def main(conf_dir: Path, argv: list[str]) -> None:
@@ -32,6 +33,10 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     actions = {"make": _make, "inspect": _inspect, "doctor": _doctor, "search": search, "cache": cache}
     if order["do"] not in actions:
         raise UserError(f"do={order['do']} is not known; it is {', '.join(actions)}")
+    for key, least in _LEAST.items():
+        value = order[key]
+        if not ((type(value) is int and value >= least) or (key == "num_processes" and value is None)):
+            raise UserError(f"{key} must be a whole number from {least} on, not {value!r}")
     actions[order["do"]](order)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from carrara.data.cache import ShardCache, is_remote, size_of
 from carrara.data.shard_index import CAPTION, IMAGE_SUFFIXES, ShardIndex, scan, scan_file
-from carrara.errors import UserError
+from carrara.errors import MachineError, UserError
 
 _log = logging.getLogger(__name__)
 
@@ -158,7 +158,10 @@ def _scanned(
             cache.forget(path)
         return mistake
     place = _index_path(path, status, folder, caption, pictures)
-    index.save(place)
+    try:
+        index.save(place)
+    except OSError as error:
+        raise MachineError(f"data.cache_dir: cannot write {place}: {error.strerror}") from None
     return _shard(path, status, place, index, caption)
 
 
