@@ -7,11 +7,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from carrara.data.cached import Cached, facts_of, pack, unpack
+from carrara.data.cached import Cached, Facts, facts_of, pack, unpack
 from carrara.data.decode import DecodeError
 from carrara.data.shard_index import scan
 
-FACTS = {"autoencoder": "5" * 64, "dtype": "float32", "latent_shape": "4x2x3", "text_width": 5}
+FACTS: Facts = {"autoencoder": "5" * 64, "dtype": "float32", "latent_shape": "4x2x3", "text_width": 5}
 TEXT = json.dumps(FACTS, sort_keys=True)
 
 
@@ -94,7 +94,7 @@ def test_what_was_packed_comes_back(text):
 def test_shapes_are_those_that_the_facts_tell(changes):
     """Else one sample of a stranger's would not go into a batch with the others."""
     arrays = {**cached()._asdict(), **changes}
-    member = zipped(npy(np.array(TEXT)), **{name: npy(value) for name, value in arrays.items()})
+    member = zipped(npy(np.array(TEXT)), zipfile.ZIP_STORED, **{name: npy(value) for name, value in arrays.items()})
     assert facts_of(member) == TEXT
     with pytest.raises(DecodeError, match="broken_cache"):
         unpack(member, TEXT, text=True)
