@@ -2,8 +2,10 @@
 
 import io
 import json
+import signal
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,22 @@ from carrara.data.order import Stream
 from carrara.data.reader import Decoding, Samples, ShardReader
 
 Members = dict[str, bytes]
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Else the test fails, whatever exceptions the code catches."""
+
+    def late(*_: object) -> None:
+        pytest.fail(f"not done within {seconds} s")
+
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def png(value: int, size: tuple[int, int] = (8, 8)) -> bytes:

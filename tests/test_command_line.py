@@ -152,6 +152,7 @@ cli(main)
     ("body", "code", "shown"),
     [
         ("pass", 0, ""),
+        ("print(chr(0xdce9))", 0, ""),  # of a file's name that is no UTF-8
         ("raise UserError('part.x: none')", 2, "error: part.x: none\n"),
         ("raise RunFailed(137)", 137, ""),
         ("os.kill(os.getpid(), signal.SIGTERM)", 128 + signal.SIGTERM, ""),

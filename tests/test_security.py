@@ -255,7 +255,7 @@ def test_keys_that_are_paths_stay_names(canary, write_tar, tmp_path):
 
 
 def test_passwords_in_addresses_are_refused():
-    with pytest.raises(UserError, match=r"must hold no password: use ~/\.netrc"):
+    with pytest.raises(UserError, match=r"must hold no password, key or signature: use ~/\.netrc"):
         expand("https://me:hunter2@host/a.tar")
 
 

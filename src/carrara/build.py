@@ -16,7 +16,7 @@ from carrara.callback.score import Score
 from carrara.component import CONDITIONED, load_component, read_component
 from carrara.conditioner.pretrained import Pretrained
 from carrara.config import Config, build
-from carrara.data.cached import Facts, check_facts
+from carrara.data.cached import Facts, check_facts, shape_text
 from carrara.data.module import ShardData
 from carrara.data.reader import Decoding, Use
 from carrara.diffusion.objective import Objective
@@ -176,7 +176,7 @@ def usable_cache(config: Config, data: ShardData, modules: Mapping[str, nn.Modul
     Raises:
         UserError: there is a cache, made with something else than the run has.
     """
-    conditioner = modules.get("conditioner")
+    autoencoder, conditioner = modules.get("autoencoder"), modules.get("conditioner")
     if "diffusion" not in config or (config.get("part") or {}).get("autoencoder") is None:
         return "pictures"
     found = data.cached
@@ -187,17 +187,27 @@ def usable_cache(config: Config, data: ShardData, modules: Mapping[str, nn.Modul
             "data.stages, data.flip and data.bucket_aspect change pictures, and the shards hold them encoded: leave "
             "them out, or set data.use_cache=false"
         )
-    check_facts(found, latent_facts(Path(config["part"]["autoencoder"]), data.decoding))
+    assert isinstance(autoencoder, Autoencoder)
+    check_facts(found, latent_facts(Path(config["part"]["autoencoder"]), autoencoder, data.decoding))
     if not isinstance(conditioner, Pretrained) or found.get("encoder") is None:
         return "latents"
-    check_facts(found, conditioner.facts())
+    check_facts(found, text_facts(conditioner, data.decoding))
     return "latents_and_text"
 
 
-def latent_facts(autoencoder: Path, decoding: Decoding) -> Facts:
-    """What cached latents depend on."""
-    sha256 = read_component(autoencoder, "autoencoder").card["sha256"]
-    return {"autoencoder": sha256, "resolution": decoding.resolution, "crop": decoding.crop}
+def latent_facts(folder: Path, autoencoder: Autoencoder, decoding: Decoding) -> Facts:
+    """What cached latents depend on; `folder` is the auto-encoder's component."""
+    return {
+        "autoencoder": read_component(folder, "autoencoder").card["sha256"],
+        "resolution": decoding.resolution,
+        "crop": decoding.crop,
+        "latent_shape": shape_text(autoencoder.latent_shape(decoding.resolution, decoding.resolution)),
+    }
+
+
+def text_facts(conditioner: Pretrained, decoding: Decoding) -> Facts:
+    """What cached texts depend on: the encoder, and which caption of a sample it has read."""
+    return {**conditioner.facts(), "caption": decoding.caption, "text_width": conditioner.width}
 
 
 def exported_config(config: Config, kind: str) -> Config:

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -158,6 +159,8 @@ def cli(main: Callable[[list[str]], None]) -> NoReturn:
     for signum in SIGNALS:
         signal.signal(signum, exit_on_signal)
     show_log()
+    if isinstance(sys.stdout, TextIOWrapper):  # a file's name or a caption may have what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
     try:
         main(sys.argv[1:])

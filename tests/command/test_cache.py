@@ -19,6 +19,7 @@ from carrara.conditioner.pretrained import Pretrained
 from carrara.data.cached import facts_of
 from carrara.data.module import ShardData
 from carrara.data.reader import Use
+from carrara.data.shard_index import scan
 from carrara.errors import UserError
 from tests.conditioner.test_pretrained import WIDTH, bert, clip_text_model
 from tests.tiny import diffusion_model, kl, objective, unet
@@ -53,7 +54,10 @@ def make(write_shard, sample, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for s in range(3):
         samples = {
-            f"{k:03d}": {**sample(k), "txt": f"a {'big red' if k % 2 else 'blue'} disc".encode()}
+            f"{k:03d}": {
+                **sample(k, {"other": "a green cube"}),
+                "txt": f"a {'big red' if k % 2 else 'blue'} disc".encode(),
+            }
             for k in range(12 * s, 12 * s + 12)
         }
         if s == 1:
@@ -131,7 +135,9 @@ def test_shards_hold_what_they_held_and_the_cache(make, capsys):
     members = contents(folder / "0.tar")
     for name, content in contents(Path("plain/0.tar")).items():
         assert members.pop(name) == content
+    made_of = json.loads(members.pop("__made_of__/shard.json"))
     assert sorted(members) == [f"{k:03d}.cache.npz" for k in range(12)]
+    assert made_of.items() > json.loads(facts_of(members["003.cache.npz"])).items()
     facts = json.loads(facts_of(members["003.cache.npz"]))
     assert facts["resolution"] == RESOLUTION and facts["crop"] == "center" and facts["max_length"] == 16
     assert all(len(facts[name]) == 64 for name in ("autoencoder", "encoder", "tokenizer"))
@@ -151,8 +157,44 @@ def test_what_is_there_is_left_and_what_others_make_too(make, parts, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("[01].tar")} == {
         k: before[k] for k in ("0.tar", "1.tar")
     }
-    with pytest.raises(UserError, match=r"0\.tar was made with something else"):
+    with pytest.raises(UserError, match=r"0\.tar was made with something else \(autoencoder\)"):
         make(f"part.autoencoder={parts}/other")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ("data.filters.min_width=2", "eligible"),
+        ("data.caption=other", "source, caption"),
+        ("data.max_pixels=70", "max_pixels"),
+        ("pictures", "source"),
+    ],
+)
+def test_shards_made_of_something_else_are_not_taken_for_made(make, write_shard, sample, change, field):
+    """Of other samples of the same shard, other captions, or a shard that is another by now."""
+    facts = {"other": "x"}
+    write_shard("plain/0.tar", {str(k): sample(k, {"width": 1 + k, **facts}) for k in range(3)})
+    given = ["data.urls=plain/0.tar", "data.val_samples=1"]
+    make(*given, text=False)
+    if change == "pictures":
+        write_shard("plain/0.tar", {str(k): sample(k + 3, {"width": 1 + k, **facts}) for k in range(3)})
+        change = "data.filters.min_width=null"
+    with pytest.raises(UserError, match=rf"0\.tar was made with something else \({field}\)"):
+        make(*given, change, text=False)
+
+
+def test_keys_that_are_no_utf8_stay_as_they_are(make, sample):
+    names = ["caf\udce9", "caf\udce8", "x" * 95]
+    with tarfile.open("plain/0.tar", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name in names:
+            for suffix, content in sample(1).items():
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    folder = make("data.urls=plain/0.tar", "data.val_samples=1", text=False)
+    index = scan(str(folder / "0.tar"))
+    assert index.problems == []
+    assert [key.decode("utf-8", "surrogateescape") for key in index.keys.tolist()] == names
 
 
 def config(parts: Path, autoencoder: str = "autoencoder") -> dict:
@@ -182,6 +224,7 @@ def test_a_cache_is_used_where_it_fits(make, parts, tmp_path):
         ("crop", {"crop": "none"}),
         ("encoder", {"text": "bert"}),
         ("max_length", {"max_length": 9}),
+        ("caption", {"caption": "other"}),
     ],
 )
 def test_a_cache_of_something_else_is_refused_by_the_field(make, parts, tmp_path, field, changes):
@@ -190,6 +233,7 @@ def test_a_cache_of_something_else_is_refused_by_the_field(make, parts, tmp_path
         "val_samples": 4,
         "cache_dir": str(tmp_path / "index"),
         "crop": changes.get("crop", "center"),
+        "caption": changes.get("caption", ".txt"),
     }
     there = ShardData("x", f"{folder}/*.tar", changes.get("resolution", RESOLUTION), **settings)
     conditioner = Pretrained(str(parts / changes.get("text", "clip")), WIDTH, changes.get("max_length", 16))

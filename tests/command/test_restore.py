@@ -127,7 +127,7 @@ def test_pictures_are_restored_and_all_else_stays(make, parts, capsys):
             assert (written.int() - pixels(original).int()).abs().float().mean() > 5
             for suffix in ("txt", "json"):
                 assert after.pop(f"{k:03d}.{suffix}") == before[f"{k:03d}.{suffix}"]
-        assert not after
+        assert list(after) == ["__made_of__/shard.json"]
 
 
 def test_noisy_shards_hold_what_a_restoration_is_shown_in_training(make, tmp_path):
@@ -140,7 +140,8 @@ def test_noisy_shards_hold_what_a_restoration_is_shown_in_training(make, tmp_pat
         shard, _, name = key.partition("/")
         written = pixels(shards[shard][f"{name}.png"]).float() / 127.5 - 1
         torch.testing.assert_close(written, expected, rtol=0, atol=1e-6)
-    assert json.loads((folder / "made_by.json").read_text())["corruption"]["sigma"] == 0.4
+    made_of = json.loads(shards["0.tar"]["__made_of__/shard.json"])
+    assert made_of["do"] == "corrupt" and json.loads(made_of["corruption"])["sigma"] == 0.4
 
 
 def test_what_was_interrupted_goes_on(make, monkeypatch, capsys):
@@ -188,7 +189,7 @@ def test_a_diffusion_model_trains_on_restored_shards(make, tmp_path):
         (["part.restoration={parts}/autoencoder"], "of kind autoencoder, where kind restoration is needed"),
         (["part.restoration=nowhere"], r"part\.restoration=nowhere: there is no such folder"),
         (["out=null"], "out=FOLDER: where the shards of do=restore go"),
-        (["out=plain"], "plain holds shards that were made with something else"),
+        (["out=plain"], "plain/0.tar was made with something else"),
         (["data.flip=true"], r"data\.flip, .* do not go with do=restore"),
         (["data.resolution=16"], r"restores pictures of 8 × 8: pass data\.resolution=8"),
     ],
@@ -206,7 +207,7 @@ def test_mistakes_are_named(make, parts, overrides, message):
 )
 def test_a_folder_holds_what_was_made_alike(make, parts, do, overrides):
     make()
-    with pytest.raises(UserError, match="made holds shards that were made with something else"):
+    with pytest.raises(UserError, match=r"made/\d\.tar was made with something else"):
         make(*(override.format(parts=parts) for override in overrides), do=do)
 
 

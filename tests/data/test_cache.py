@@ -230,6 +230,13 @@ def test_shards_that_are_not_known_yet_name_the_command(urls, tmp_path):
         Manifest.load(urls, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("url", ["{server}/none.tar", "http://127.0.0.1:9/none.tar"])
+def test_so_do_those_that_are_not_there(server, tmp_path, url):
+    """do=inspect says what is wrong with them."""
+    with pytest.raises(UserError, match=r"1 of 1 shards .*python shards\.py do=inspect"):
+        Manifest.load([url.replace("{server}", server.url("").rstrip("/"))], tmp_path / "cache")
+
+
 def test_known_shards_are_trained_on_without_their_server(server, urls, tmp_path, value_of):
     cache = ShardCache(tmp_path / "cache", 1e9)
     server.faults["3.tar"] = [503, "cut"]

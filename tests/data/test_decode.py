@@ -294,6 +294,20 @@ def test_captions_are_clean_text(data, text):
     assert decode_caption(data) == text
 
 
+@pytest.mark.parametrize(
+    ("spelt", "text"),
+    [
+        (r"a dog \ud83d", "a dog \N{REPLACEMENT CHARACTER}"),
+        (r"\udc4da dog", "\N{REPLACEMENT CHARACTER}a dog"),
+        (r"\ud83da dog", "\N{REPLACEMENT CHARACTER}a dog"),
+        (r"a dog \ud83d\udc36", "a dog \N{DOG FACE}"),
+    ],
+)
+def test_half_a_surrogate_pair_in_the_json_is_replaced(spelt, text):
+    """No tokenizer takes one, and no file in UTF-8."""
+    assert decode_caption(f'{{"TEXT": "{spelt}"}}'.encode(), "TEXT") == text
+
+
 def test_a_caption_may_stand_in_the_json():
     assert decode_caption(b'{"TEXT": " a  cat "}', "TEXT") == "a cat"
     for data in (b"{}", b'{"TEXT": null}', b'{"TEXT": 3}', b"[]", b"{", b"\xff", b"3"):

@@ -47,20 +47,21 @@ def test_every_sample_has_one_reason(tmp_path, write_shard, sample):
     samples["008"]["json"] = b"{broken"
     samples["009"]["json"] = b'{"punsafe": "0.1"}'
     samples["010"]["png"] = png(10, (40, 40))
+    samples["011"]["txt"] = b" \n"  # seen only where it is read
     health = look(tmp_path, write_shard("a.tar", samples), filters={"max_punsafe": 0.5}, max_pixels=1000)
     check(health)
     assert health.samples == 12
     assert health.skipped == {
-        "not_an_image": 1, "broken_image": 1, "no_caption": 1, "empty_caption": 1, "punsafe_null": 3, "punsafe": 1,
+        "not_an_image": 1, "broken_image": 1, "no_caption": 1, "empty_caption": 2, "punsafe_null": 3, "punsafe": 1,
         "no_image": 1, "too_many_pixels": 1,
     }  # fmt: skip
     assert health.archive == {"broken_json": 1, "no_number_punsafe": 1}
     (shard,) = health.shards
-    assert shard.ok == 2 and shard.examples["no_image"] == ["007"] and shard.examples["broken_json"] == ["008"]
-    assert health.exceeds(0.8) and not health.exceeds(0.84)
+    assert shard.ok == 1 and shard.examples["no_image"] == ["007"] and shard.examples["broken_json"] == ["008"]
+    assert health.exceeds(0.9) and not health.exceeds(0.92)
     (first, last) = health.lines()
-    assert "2 of 12 samples can be used" in first and "no_image 1 (007)" in first
-    assert last.startswith("1 shards, 12 samples = 2 that can be used + skipped: punsafe_null 3, ")
+    assert "1 of 12 samples can be used" in first and "no_image 1 (007)" in first
+    assert last.startswith("1 shards, 12 samples = 1 that can be used + skipped: punsafe_null 3, ")
 
 
 def test_what_is_wrong_with_the_tar_is_told_beside_its_samples(tmp_path, write_shard, write_tar, sample):
@@ -128,5 +129,6 @@ def test_gigantic_pictures_are_judged_by_their_header(tmp_path, write_shard, sam
 def test_no_shard_at_all_can_be_used(tmp_path, processes):
     page = tmp_path / "page.tar"
     page.write_text("x")
-    health = look(tmp_path, page, processes=processes)
+    health = look(tmp_path, page, processes=processes, filters={"min_width": 8})
     assert health.samples == 0 and health.exceeds(1.0)
+    assert "page.tar is not a tar file" in next(health.lines())

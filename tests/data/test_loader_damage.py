@@ -1,5 +1,6 @@
 """The loader on damaged shards, wrong stages and changed files: counted, named, never endless."""
 
+import itertools
 import json
 import pickle
 
@@ -84,6 +85,10 @@ def reject_some(samples):
     return (sample for sample in samples if sample["position"] != 17)
 
 
+def end_early(samples):
+    yield from itertools.islice(samples, 24)
+
+
 def label(samples):
     for sample in samples:
         yield {
@@ -95,7 +100,7 @@ def label(samples):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_trap_6_a_stage_that_rejects_samples_is_an_error_and_no_endless_loop(loader, manifest, workers):
-    for stage, message in ((reject_all, "holds back"), (reject_some, "drops or reorders")):
+    for stage, message in ((reject_all, "holds back"), (reject_some, "drops or reorders"), (end_early, "an end")):
         one = loader(manifest, stages=[stage], num_workers=workers)
         with pytest.raises(UserError, match=message):
             list(one)
@@ -172,6 +177,14 @@ def test_a_caption_in_the_json_is_read(loader, write_shard, sample, tmp_path):
     manifest = Manifest.load([str(path)], tmp_path / "cache", "TEXT")
     (batch,) = loader(manifest, batch=4, decoding=Decoding(8, "TEXT"))
     assert sorted(batch["captions"]) == [f"text {v}" for v in range(4)]
+
+
+def test_a_caption_of_white_space_alone_is_none(loader, write_shard, sample, tmp_path):
+    samples = {str(v): sample(v) for v in range(8)}
+    samples["3"]["txt"], samples["5"]["txt"] = b" \n\t ", b"\0"
+    manifest = Manifest.load([str(write_shard("a.tar", samples))], tmp_path / "cache")
+    (batch,) = loader(manifest, batch=8)
+    assert batch["skipped"] == {"empty_caption": 2} and all(batch["captions"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Scanning shards: whatever is whole is found, whatever is not is named."""
 
+import errno
 import tarfile
 
 import numpy as np
@@ -9,9 +10,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from carrara.data import manifest as manifest_module
 from carrara.data.eligibility import eligible
 from carrara.data.manifest import Manifest
-from carrara.data.shard_index import CAPTION, IMAGE, JSON, scan
+from carrara.data.shard_index import CAPTION, IMAGE, JSON, ShardIndex, scan
 from carrara.data.tar_walk import Problem, walk
-from carrara.errors import UserError
+from carrara.errors import MachineError, UserError
+from tests.shards import within
 
 
 def contents(path, index):
@@ -85,6 +87,47 @@ def test_sizes_in_base_256_and_pax_records_are_read(sample):
     info.pax_headers = {"size": "700", "path": "b.png"}
     record = info.tobuf(tarfile.PAX_FORMAT)
     assert walk(record + bytes(1024)) == ([("b.png", len(record), 700)], [])
+
+
+def pax(records, name="a.png", payload=b"p" * 10):
+    """An archive of one member, behind a pax record of these bytes."""
+
+    def member(kind, name, data):
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, len(data)
+        return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+    return member(tarfile.XHDTYPE, "x", records) + member(tarfile.REGTYPE, name, payload) + bytes(1024)
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -1536, -(10**6)])
+def test_a_pax_record_of_a_negative_size_does_not_lead_back(size):
+    """To the record itself, say, for ever."""
+    record = f"{len(str(size)) + 9} size={size}\n".encode()
+    with within(5):
+        assert walk(pax(record)) == ([("a.png", 1536, 10)], [])
+
+
+def test_a_pax_record_is_read_once_and_up_to_its_first_megabyte():
+    path = b"14 path=b.png\n"
+    many = b"9 a=bcd1\n" * 100_000
+    with within(5):
+        assert walk(pax(many + path))[0][0].name == "b.png"
+        assert walk(pax(b"9 a=bcd1\n" * 3_000_000 + path))[0][0].name == "a.png"
+
+
+def test_a_name_that_is_too_long_costs_its_member_alone(tmp_path, write_tar, sample):
+    """And does not make the index, whose keys and problems are as wide as the widest, a thousand times as large."""
+    long = "é" * 500_000
+    names = [f"{k:04d}.png" for k in range(300)] + [f"{long}.png", f"{'n' * 1021}.png"]
+    path = write_tar("a.tar", [(name, b"p") for name in names])
+    index = scan(str(path), None)
+    assert keys(index) == [f"{k:04d}" for k in range(300)]
+    assert [problem.reason for problem in index.problems] == ["long_name"] * 2
+    assert index.problems[0].place == "é" * 512 and index.keys.itemsize == 4
+    index.save(tmp_path / "index.npz")
+    assert (tmp_path / "index.npz").stat().st_size < 50_000
+    assert ShardIndex.load(tmp_path / "index.npz").problems == index.problems
 
 
 def test_trap_4_a_garbage_header_costs_its_own_sample_only(write_shard):
@@ -216,6 +259,17 @@ def test_an_index_is_kept_until_the_shard_changes(write_shard, tmp_path, monkeyp
     assert len(load(tmp_path, path)) == 7
 
 
+def test_a_full_disk_is_told_in_one_line(write_shard, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write_shard("a.tar", range(5))
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(MachineError, match=r"data\.cache_dir: cannot write .*\.npz: No space left"):
+        load(tmp_path, path)
+    assert list((tmp_path / "cache").rglob("*.*")) == []
+
+
 def test_many_shards_are_scanned_as_few_are(write_shard, tmp_path):
     paths = [write_shard(f"{s}.tar", range(s, 2 * s + 1)) for s in range(7)]
     together = load(tmp_path / "together", *paths)
@@ -223,6 +277,22 @@ def test_many_shards_are_scanned_as_few_are(write_shard, tmp_path):
     for shard, path in zip(together.shards, paths, strict=True):
         (alone,) = load(tmp_path / "alone", path).shards
         assert (alone.digest, alone.num_samples) == (shard.digest, shard.num_samples)
+
+
+@pytest.mark.parametrize("changed", ["pictures", "captions", "one picture of few"])
+def test_shards_of_the_same_keys_and_sizes_are_told_apart_by_what_they_hold(write_shard, sample, tmp_path, changed):
+    count = 5 if changed == "one picture of few" else 300
+    samples = {f"{k:03d}": sample(k) for k in range(count)}
+    other = {key: dict(members) for key, members in samples.items()}
+    for k, members in enumerate(other.values()):
+        if changed == "captions":
+            members["txt"] = members["txt"].replace(b"caption", b"CAPTION")
+        elif changed == "pictures" or k == 3:
+            members["png"] = sample(k + 2000)["png"]
+    one = load(tmp_path, write_shard("one/a.tar", samples)).shards[0]
+    again = load(tmp_path, write_shard("again/a.tar", samples)).shards[0]
+    two = load(tmp_path, write_shard("two/a.tar", other)).shards[0]
+    assert one.bytes == two.bytes and one.digest == again.digest != two.digest
 
 
 FACTS = [
@@ -262,6 +332,18 @@ def test_trap_9_filters_fail_closed(write_shard, sample, tmp_path, filters, pass
     mask, reasons = eligible(load(tmp_path, path), ".txt", filters)
     assert np.flatnonzero(mask).tolist() == passing
     assert reasons == counts
+
+
+def test_trap_9_infinities_fail_closed(write_shard, sample, tmp_path):
+    facts = [b'{"width": Infinity, "punsafe": 0.1}', b'{"width": 9, "punsafe": -Infinity}', b'{"width": 1e999}']
+    path = write_shard("a.tar", {str(v): {**sample(v), "json": one} for v, one in enumerate(facts)} | {"3": sample(3)})
+    manifest = load(tmp_path, path)
+    for filters, passing, counts in (
+        ({"min_width": 8}, 1, {"width_null": 3}),
+        ({"max_punsafe": 0.5}, 0, {"punsafe_null": 3}),
+    ):
+        mask, reasons = eligible(manifest, ".txt", filters)
+        assert np.flatnonzero(mask).tolist() == [passing] and reasons == counts
 
 
 def test_trap_9_a_column_that_some_shards_lack_is_null_there(write_shard, sample, tmp_path):

@@ -177,6 +177,17 @@ def test_the_report_says_what_is_there_and_what_is_left_out(write_shard, sample,
     ]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"val_samples": 0}, {"val_samples": -1}, {"val_samples": 2.5}, {"num_workers": -1}, {"max_pixels": 0},
+     {"max_bad_fraction": -1}, {"max_bad_fraction": 1.5}],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(shards, tmp_path, setting):
+    ((key, value),) = setting.items()
+    with pytest.raises(UserError, match=rf"data\.{key}.* {value}|data\.{key}={value}"):
+        data(shards, tmp_path, **setting)
+
+
 def test_an_unknown_crop_is_refused(shards, tmp_path):
     with pytest.raises(UserError, match=r"data\.crop=centre is not known"):
         data(shards, tmp_path, crop="centre")

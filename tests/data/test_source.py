@@ -84,6 +84,25 @@ def test_what_is_not_there_is_named(folder, monkeypatch, spec, message):
 
 
 @pytest.mark.parametrize(
+    "address",
+    [
+        "https://user:SECRET@host/a.tar",
+        "https://host/{0..3}.tar?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Signature=SECRET",
+        "https://host/a.tar?AWSAccessKeyId=SECRET",
+        "https://host/a.tar?sv=2022&sig=SECRET",
+        "https://host/a.tar?GoogleAccessId=a&Signature=SECRET",
+        "https://host/a.tar?download=true&access_token=SECRET",
+    ],
+)
+def test_addresses_with_a_password_or_signature_are_refused(address):
+    """They are written into run folders; the message does not tell them either."""
+    with pytest.raises(UserError, match="must hold no password, key or signature") as refused:
+        expand(address)
+    assert "SECRET" not in str(refused.value)
+    assert expand("https://host/a.tar?download=true&version=3") == ["https://host/a.tar?download=true&version=3"]
+
+
+@pytest.mark.parametrize(
     "url", ["pipe:cat a-0.tar", "pipe:touch hacked", "pipe:cat *.tar", "ftp://h/a.tar", "memory://a.tar"]
 )
 def test_trap_5_shells_and_unknown_schemes_are_refused_by_name(folder, monkeypatch, url):

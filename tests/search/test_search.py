@@ -1,4 +1,8 @@
 import json
+import threading
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +70,61 @@ def test_of_equal_pictures_the_first_are_found(monkeypatch):
     scores, ids = Exact(held).search(rows[[0, 30, 60, 90]].astype(np.float32), 10)
     assert ids.tolist() == [list(range(first, first + 10)) for first in (0, 30, 60, 90)]
     assert (scores > 0.99).all()
+
+
+@pytest.mark.parametrize("kind", ["exact", "approximate"])
+def test_a_row_of_zeros_is_like_nothing(tmp_path, kind):
+    """Also where all others are unlike, and their cosines below its 0."""
+    rows = clustered(600, 16)
+    held = Rows(rows)
+    query = -rows.sum(axis=0, dtype=np.float32)[None]
+    rows = rows[(rows @ query[0]) < -0.1]
+    rows[[3, 7]] = 0
+    held = Rows(rows)
+    index: Exact | Approximate = Exact(held)
+    if kind == "approximate":
+        Approximate.build(held, tmp_path / "x.faiss", query.astype(np.float32))
+        index = Approximate(tmp_path / "x.faiss", held)
+    scores, ids = index.search(query.astype(np.float32), 10)
+    assert (scores < 0).all() and not {3, 7} & set(ids[0].tolist())
+    few = Rows(np.concatenate([rows[:2], np.zeros((4, 16))]))
+    assert Exact(few).search(query.astype(np.float32), 4)[1][0].tolist()[2:] == [-1, -1]
+
+
+def test_many_equals_take_no_more_memory_than_others():
+    """Rows that are zero, or all the same, are as near to one another as there are rows."""
+    rows = clustered(6000, 16)
+    rows[17] = 0
+    rows[1000:4000] = rows[0]
+    wanted = [0, *range(1000, 4000)]
+    tracemalloc.start()
+    (group,) = near_duplicates(Rows(rows), Exact(Rows(rows)), 0.999)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert group == wanted, peak
+    assert peak < 2000 * 2000 * 32  # bytes for every cosine of a shard's rows with one another's
+
+
+def test_two_searches_build_an_index_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "EXACT_UP_TO", 1000)
+    held = Rows(clustered(3000, 16))
+    built = []
+    both = threading.Barrier(2)
+
+    def build(embeddings, path, queries):
+        built.append(path)
+        time.sleep(0.2)  # the other comes meanwhile
+        real(embeddings, path, queries)
+
+    def search(_):
+        both.wait()
+        return open_index(held, tmp_path, "a", lambda: np.empty((0, 16), dtype=np.float32))
+
+    real = Approximate.build
+    monkeypatch.setattr(Approximate, "build", build)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(isinstance(one, Approximate) for one in pool.map(search, range(2)))
+    assert len(built) == 1
 
 
 def test_the_approximate_neighbours_are_the_exact_ones(tmp_path):
@@ -147,7 +206,7 @@ def test_shards_that_others_embed_are_left_to_them(manifest, samples, evaluator,
     assert embed_shards(manifest, samples, evaluator, place, 50, 0) is not None
     assert len(calls) == 1  # the shard that was missing
     first.write_bytes(first.read_bytes()[:-64])
-    with pytest.raises((UserError, ValueError)):
+    with pytest.raises(UserError, match="is damaged"):
         embed_shards(manifest, samples, evaluator, place, 50, 0)
 
 
@@ -196,9 +255,46 @@ def test_duplicates_are_written_down(order, capsys):
     assert len(group) == 40 and "39 of 40 pictures" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("caption", [".txt", "other"])
+def test_pictures_without_a_caption_are_found_and_broken_ones_never(order, write_shard, sample, capsys, caption):
+    shard = {str(k): sample(k, {"other": f"a {k}" if k != 3 else None}) for k in range(6)}
+    shard["2"]["png"] = b"broken"
+    del shard["3"]["txt"]
+    write_shard("a.tar", shard)
+    found = order("query=a red circle", f"data.caption={caption}")
+    results = json.loads((found / "results.json").read_text())
+    assert sorted(one["key"] for one in results) == [f"a.tar/{k}" for k in (0, 1, 3, 4, 5)]
+    (without,) = [one["caption"] for one in results if one["key"] == "a.tar/3"]
+    assert without == ("" if caption == ".txt" else "(no_caption)")
+    assert Image.open(found / "grid.png").size == (5 * 32, 32)
+
+
+@pytest.mark.parametrize("left", [b"", b"\x93NUMPY\x01\x00", -64])
+def test_damaged_embeddings_are_named(order, left):
+    order("query=a")
+    (path,) = Path("runs/cache").rglob("*.npy")
+    path.write_bytes(path.read_bytes()[:left] if isinstance(left, int) else left)
+    with pytest.raises(UserError, match=rf"{path.name} is damaged; remove it"):
+        order("query=a")
+
+
+def test_not_one_picture_that_can_be_decoded(order, write_shard, sample):
+    write_shard("a.tar", {str(k): {**sample(k), "png": b"broken"} for k in range(3)})
+    with pytest.raises(UserError, match="not one picture can be decoded"):
+        order("query=a", "data.val_samples=1")
+    found = order("duplicates=-1", "data.val_samples=1")
+    assert json.loads((found / "duplicates.json").read_text()) == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["query=a", "num_results=0"], "num_results must be a whole number from 1 on, not 0"),
+        (["query=a", "num_results=2.5"], r"num_results must be a whole number from 1 on, not 2\.5"),
+        (["query=a", "batch_size=0"], "batch_size must be"),
+        (["query=a", "num_processes=0"], "num_processes must be"),
+        (["duplicates=abc"], "duplicates=abc is a cosine"),
+        (["duplicates=98"], "duplicates=98 is a cosine"),
         ([], "say what to search for"),
         (["query=a", "image=b"], "say what to search for"),
         (["query=a", "part.evaluator=null"], r"part\.evaluator=…"),

@@ -1,6 +1,5 @@
 """`python shards.py do=cache`: shards that hold, beside each picture, what frozen parts make of it."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,13 @@ import numpy as np
 import torch
 
 from carrara.autoencoder.base import Autoencoder
-from carrara.build import latent_facts
+from carrara.build import latent_facts, text_facts
 from carrara.command.rewrite import Members, rewrite, source
 from carrara.component import load_component
 from carrara.conditioner.pretrained import Pretrained
 from carrara.config import Config, build
 from carrara.data.cached import SUFFIX, Cached, Facts, pack
-from carrara.data.reader import Sample
-from carrara.data.shard_index import scan
+from carrara.data.reader import Decoding, Sample
 from carrara.errors import UserError
 from carrara.parts import find_component
 from carrara.precision import default_device
@@ -32,8 +30,8 @@ def cache(order: Config) -> None:
         raise UserError("part.autoencoder=…: the auto-encoder that encodes the pictures of do=cache")
     folder = find_component(str(order["part"]["autoencoder"]), "autoencoder", Path(order["runs_dir"]))
     data = source(order)
-    encoder = _Encoder.load(folder, order, latent_facts(folder, data.decoding))
-    rewrite(data, Path(order["out"]), encoder, order["batch_size"], lambda shard: _check_alike(shard, encoder.facts))
+    encoder = _Encoder.load(folder, order, data.decoding)
+    rewrite(data, Path(order["out"]), encoder, order["batch_size"], encoder.facts)
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,13 @@ class _Encoder:
     facts: Facts
 
     @classmethod
-    def load(cls, folder: Path, order: Config, facts: Facts) -> "_Encoder":
+    def load(cls, folder: Path, order: Config, decoding: Decoding) -> "_Encoder":
         autoencoder, _ = load_component(folder, "autoencoder")
         text = build(order["conditioner"])
         assert isinstance(autoencoder, Autoencoder)
+        facts = latent_facts(folder, autoencoder, decoding)
         if isinstance(text, Pretrained):
-            facts = facts | text.facts()
+            facts |= text_facts(text, decoding)
         elif order["conditioner"]["_target_"] != "carrara.conditioner.text.Unconditional":
             raise UserError("conditioner: only frozen text encoders can be cached: clip, t5, bert, gpt2, or none")
         facts = {**facts, "dtype": order["dtype"]}
@@ -75,9 +74,3 @@ class _Encoder:
                 tokens = encoded.tokens[k][encoded.mask[k]].cpu().numpy()
                 cached = cached._replace(tokens=tokens, pooled=encoded.pooled[k].cpu().numpy())
             yield original | {SUFFIX.removeprefix("."): pack(cached, self.facts)}
-
-
-def _check_alike(target: Path, facts: Facts) -> None:
-    found = scan(str(target), None).cached
-    if not found or json.loads(found) != facts:
-        raise UserError(f"{target} was made with something else: remove it, or take another out")

@@ -2,13 +2,11 @@
 
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from carrara.command.rewrite import Members, Rewrite, rewrite, source
 from carrara.component import load_component, read_component
 from carrara.config import Config, build
 from carrara.corruption.base import Corruption
+from carrara.data.cached import Facts
 from carrara.data.reader import Decoding, Sample
 from carrara.errors import UserError
 from carrara.model.conditioned import Conditioned
@@ -24,7 +23,6 @@ from carrara.parts import find_component
 from carrara.pipeline.pictures import to_uint8
 from carrara.precision import default_device
 
-_CARD = "made_by.json"
 _PICTURES = ("jpg", "png", "webp")
 
 
@@ -49,8 +47,7 @@ def restore(order: Config) -> None:
     def pictures(images: Tensor, samples: list[Sample]) -> Tensor:
         return restored(part, images)
 
-    _begin(Path(order["out"]), _facts(order, facts, data.decoding))
-    rewrite(data, Path(order["out"]), _anew(pictures), order["batch_size"])
+    rewrite(data, Path(order["out"]), _anew(pictures), order["batch_size"], _facts(order, facts, data.decoding))
 
 
 def corrupt(order: Config) -> None:
@@ -66,8 +63,8 @@ def corrupt(order: Config) -> None:
     def pictures(images: Tensor, samples: list[Sample]) -> Tensor:
         return corruption(images, [sample.key for sample in samples], 0)
 
-    _begin(Path(order["out"]), _facts(order, {"corruption": order["corruption"]}, data.decoding))
-    rewrite(data, Path(order["out"]), _anew(pictures), order["batch_size"])
+    facts = _facts(order, {"corruption": json.dumps(order["corruption"])}, data.decoding)
+    rewrite(data, Path(order["out"]), _anew(pictures), order["batch_size"], facts)
 
 
 def _anew(pictures: Callable[[Tensor, list[Sample]], Tensor]) -> Rewrite:
@@ -85,27 +82,5 @@ def _anew(pictures: Callable[[Tensor, list[Sample]], Tensor]) -> Rewrite:
     return anew
 
 
-def _facts(order: Config, facts: Config, decoding: Decoding) -> Config:
+def _facts(order: Config, facts: Facts, decoding: Decoding) -> Facts:
     return {"do": order["do"], **facts, "resolution": decoding.resolution, "crop": decoding.crop}
-
-
-def _begin(out: Path, facts: Config) -> None:
-    """Notes in `out` what is made there, or finds it noted.
-
-    Raises:
-        UserError: shards lie there that were made with something else, or are somebody's own.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    card = out / _CARD
-    with FileLock(out / f".{_CARD}.lock"):
-        try:
-            found = json.loads(card.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            found = None if any(out.glob("*.tar")) else facts
-        except ValueError:
-            found = None
-        if found != facts:
-            raise UserError(f"{out} holds shards that were made with something else: remove them, or take another out")
-        temporary = out / f".{_CARD}.partial"
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, card)

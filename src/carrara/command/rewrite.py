@@ -1,28 +1,35 @@
 """What `python shards.py` with do=cache, restore and corrupt share: every shard is written anew, in another folder."""
 
+import hashlib
+import json
 import logging
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from webdataset import TarWriter
 
 from carrara.config import Config, build
+from carrara.data.cached import Facts
 from carrara.data.decode import DecodeError
+from carrara.data.manifest import Shard
 from carrara.data.module import ShardData
-from carrara.data.reader import Sample, Samples
+from carrara.data.reader import Decoding, Sample, Samples
 from carrara.data.shard_index import CAPTION, IMAGE, JSON
+from carrara.data.tar_walk import walk
 from carrara.errors import UserError
 
 Members = dict[str, bytes]  # of a sample, by suffix
 Rewrite = Callable[[list[Sample], list[Members]], Iterator[Members]]  # (decoded samples, as they lie there) -> anew
 
 _log = logging.getLogger(__name__)
+_MADE_OF = "__made_of__/shard"  # the first member's key; `webdataset` passes over what stands in __…__, as we do
+_LONGEST = 1 << 16  # bytes in which it lies
 
 
 def source(order: Config) -> ShardData:
@@ -40,16 +47,17 @@ def source(order: Config) -> ShardData:
     return data
 
 
-def rewrite(
-    data: ShardData, out: Path, anew: Rewrite, batch_size: int, check_alike: Callable[[Path], None] | None = None
-) -> None:
-    """Writes a shard into `out` for each of the data's, of its usable samples; those that are there are left.
+def rewrite(data: ShardData, out: Path, anew: Rewrite, batch_size: int, facts: Facts) -> None:
+    """Writes a shard into `out` for each of the data's, of its usable samples; those made of the same are left.
 
     The same command on other machines that share the folder takes other shards; one that was interrupted goes on.
 
     Args:
         anew: what is written of a batch of samples.
-        check_alike: raises UserError if a shard that is there was made with something else.
+        facts: what that depends on besides the sample.
+
+    Raises:
+        UserError: a shard lies in `out` that was made with something else.
     """
     out.mkdir(parents=True, exist_ok=True)
     skipped: Counter[str] = Counter()
@@ -59,15 +67,15 @@ def rewrite(
     if len(set(names)) < len(names):
         raise UserError("data.urls: two shards have the same name, and would be one in out")
     for number, shard in enumerate(data.manifest.shards):
-        target = out / shard.name
+        target, eligible = out / shard.name, data.eligible_in(number)
+        made_of = _made_of(shard, eligible, data.decoding, facts)
         try:
             with FileLock(out / f".{shard.name}.lock", timeout=0):
                 if target.exists():
-                    if check_alike is not None:
-                        check_alike(target)
+                    _check_alike(target, made_of)
                     continue
-                ids = np.arange(*data.manifest.starts[number : number + 2])[data.eligible_in(number)]
-                _write(target, samples, ids.tolist(), anew, batch_size, skipped)
+                ids = np.arange(*data.manifest.starts[number : number + 2])[eligible]
+                _write(target, made_of, samples, ids.tolist(), anew, batch_size, skipped)
                 made += 1
         except Timeout:
             _log.info("%s is being made by another process", target)
@@ -76,11 +84,19 @@ def rewrite(
 
 
 def _write(
-    target: Path, samples: Samples, ids: list[int], anew: Rewrite, batch_size: int, skipped: Counter[str]
+    target: Path,
+    made_of: Facts,
+    samples: Samples,
+    ids: list[int],
+    anew: Rewrite,
+    batch_size: int,
+    skipped: Counter[str],
 ) -> None:
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".partial", delete=False) as file:
         try:
-            _fill(file, samples, ids, anew, batch_size, skipped)
+            with TarWriter(file, encoder=False, mtime=0) as tar:
+                tar.write({"__key__": _MADE_OF, "json": json.dumps(made_of).encode()})
+                _fill(tar, samples, ids, anew, batch_size, skipped)
             os.replace(file.name, target)
         except BaseException:
             os.unlink(file.name)
@@ -88,22 +104,20 @@ def _write(
 
 
 def _fill(
-    file: IO[bytes], samples: Samples, ids: list[int], anew: Rewrite, batch_size: int, skipped: Counter[str]
+    tar: TarWriter, samples: Samples, ids: list[int], anew: Rewrite, batch_size: int, skipped: Counter[str]
 ) -> None:
-    with TarWriter(file, encoder=False, mtime=0) as tar:
-        for start in range(0, len(ids), batch_size):
-            good: list[tuple[int, Sample]] = []
-            for number in ids[start : start + batch_size]:
-                try:
-                    good.append((number, samples.load(number)))
-                except DecodeError as error:
-                    skipped[error.reason] += 1
-            if not good:
-                continue
-            decoded = [sample for _, sample in good]
-            written = anew(decoded, [_members(samples, number) for number, _ in good])
-            for sample, members in zip(decoded, written, strict=True):
-                tar.write({"__key__": sample.key.partition("/")[2], **members})
+    for start in range(0, len(ids), batch_size):
+        good: list[tuple[int, Sample]] = []
+        for number in ids[start : start + batch_size]:
+            try:
+                good.append((number, samples.load(number)))
+            except DecodeError as error:
+                skipped[error.reason] += 1
+        if not good:
+            continue
+        written = anew([sample for _, sample in good], [_members(samples, number) for number, _ in good])
+        for (number, _), members in zip(good, written, strict=True):
+            tar.write({"__key__": samples.reader.member(number), **members})
 
 
 def _members(samples: Samples, number: int) -> Members:
@@ -118,3 +132,28 @@ def _members(samples: Samples, number: int) -> Members:
     if facts:
         found["json"] = facts
     return found
+
+
+def _made_of(shard: Shard, eligible: NDArray[np.bool_], decoding: Decoding, facts: Facts) -> Facts:
+    """All that a shard of the cache depends on."""
+    return facts | {
+        "source": shard.digest,
+        "eligible": hashlib.sha256(eligible.tobytes()).hexdigest(),
+        "caption": decoding.caption,  # whether it is encoded or not
+        "max_pixels": decoding.max_pixels,
+    }
+
+
+def _check_alike(target: Path, made_of: Facts) -> None:
+    """Raises UserError unless `made_of` is what stands in the shard."""
+    try:
+        with target.open("rb") as file:
+            start = file.read(_LONGEST)
+        members, _ = walk(start)
+        found = [json.loads(start[at : at + size]) for name, at, size in members if name == f"{_MADE_OF}.json"]
+    except (OSError, ValueError):
+        found = []
+    if found[:1] != [made_of]:
+        old = found[0] if found and isinstance(found[0], dict) else {}
+        fields = [field for field, value in made_of.items() if old.get(field) != value]
+        raise UserError(f"{target} was made with something else ({', '.join(fields)}): remove it, or take another out")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from carrara.component import load_component
 from carrara.config import Config, build
 from carrara.data.decode import DecodeError, decode_image
 from carrara.data.module import ShardData
+from carrara.data.reader import Samples
 from carrara.errors import UserError
 from carrara.evaluator.clip import CLIP
 from carrara.parts import find_component
@@ -37,6 +39,9 @@ def search(order: Config) -> None:
     asked = [key for key in ("query", "image", "duplicates") if order[key] is not None]
     if len(asked) != 1:
         raise UserError("say what to search for: query='…', image=FILE, or duplicates=0.98 for pictures that are alike")
+    least = order["duplicates"]
+    if least is not None and not (type(least) in (int, float) and -1 <= least <= 1):
+        raise UserError(f"duplicates={least} is a cosine from -1 to 1, say 0.98")
     if order["part"]["evaluator"] is None:
         raise UserError(
             "part.evaluator=…: name the evaluator that looks at the pictures, a component's or a run's folder"
@@ -62,7 +67,7 @@ def search(order: Config) -> None:
     out = Path(order["out"] or Path(order["runs_dir"]) / "search" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
     out.mkdir(parents=True, exist_ok=True)
     if asked == ["duplicates"]:
-        groups = near_duplicates(embeddings, index, order["duplicates"])
+        groups = near_duplicates(embeddings, index, least)
         keys = [[samples.reader.key(k) for k in group] for group in groups]
         (out / "duplicates.json").write_text(json.dumps(keys, indent=1), encoding="utf-8")
         extra = sum(len(group) - 1 for group in groups)
@@ -71,14 +76,25 @@ def search(order: Config) -> None:
         return
     scores, ids = index.search(_asked(order, evaluator), order["num_results"])
     found = [(score, k) for score, k in zip(scores[0].tolist(), ids[0].tolist(), strict=True) if k >= 0]
+    if not found:
+        raise UserError("data.urls: not one picture can be decoded; shards.py do=doctor says why")
     results = []
     for score, k in found:
-        results.append({"key": samples.reader.key(k), "cosine": score, "caption": samples.caption(k)})
+        results.append({"key": samples.reader.key(k), "cosine": score, "caption": _caption(samples, k)})
         print(f"{score:.3f}  {results[-1]['key']}  {results[-1]['caption']}")
     (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
-    images = torch.stack([torch.from_numpy(np.array(samples.load(k).image)) for _, k in found])
+    pictures = Samples(samples.reader, replace(samples.decoding, caption=None))
+    images = torch.stack([torch.from_numpy(np.array(pictures.load(k).image)) for _, k in found])
     save_grid(out / "grid.png", images, _COLUMNS, [{"caption": one["caption"], "correct": None} for one in results])
     _log.info("%s", out / "grid.png")
+
+
+def _caption(samples: Samples, k: int) -> str:
+    """Of a result, or in brackets why it has none."""
+    try:
+        return samples.caption(k)
+    except DecodeError as error:
+        return f"({error.reason})"
 
 
 def _asked(order: dict[str, Any], evaluator: CLIP) -> NDArray[np.float32]:

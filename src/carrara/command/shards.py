@@ -17,6 +17,7 @@ from carrara.data.source import expand, unpacked
 from carrara.errors import UserError
 
 NAME = "shards"
+_LEAST = {"num_captions": 0, "num_processes": 1, "num_results": 1, "batch_size": 1}
 
 
 def main(conf_dir: Path, argv: list[str]) -> None:
@@ -36,6 +37,10 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     }  # fmt: skip
     if order["do"] not in actions:
         raise UserError(f"do={order['do']} is not known; it is {', '.join(actions)}")
+    for key, least in _LEAST.items():
+        value = order[key]
+        if not ((type(value) is int and value >= least) or (key == "num_processes" and value is None)):
+            raise UserError(f"{key} must be a whole number from {least} on, not {value!r}")
     actions[order["do"]](order)
 
 
@@ -62,13 +67,23 @@ def _inspect(order: dict[str, Any]) -> None:
 
 
 def _scan_remote(node: dict[str, Any]) -> None:
-    """Remote shards become known: fetched, scanned, and kept as far as there is room."""
+    """Remote shards become known: fetched, scanned, and kept as far as there is room.
+
+    Raises:
+        UserError: some cannot be read; all others are known then.
+    """
     cache = ShardCache(node["cache_dir"], node["cache_bytes"])
     for key in ("urls", "val_urls"):
         if node[key] is not None:
-            scan_all(
-                unpacked(expand(node[key], f"data.{key}"), node["cache_dir"]), node["cache_dir"], node["caption"], cache
-            )
+            paths = unpacked(expand(node[key], f"data.{key}"), node["cache_dir"])
+            mistakes = [
+                found
+                for found in scan_all(paths, node["cache_dir"], node["caption"], cache)
+                if isinstance(found, UserError)
+            ]
+            if mistakes:
+                others = f" (and {len(mistakes) - 1:,} more, see do=doctor)" if len(mistakes) > 1 else ""
+                raise UserError(f"{mistakes[0]}{others}")
 
 
 def _doctor(order: dict[str, Any]) -> None:
@@ -76,11 +91,18 @@ def _doctor(order: dict[str, Any]) -> None:
     decoding = Decoding(node["resolution"], node["caption"], node["crop"], node["flip"], node["max_pixels"])
     cache = ShardCache(node["cache_dir"], node["cache_bytes"])
     paths = unpacked(expand(node["urls"]), node["cache_dir"])
+    report = None if order["out"] is None else Path(order["out"])
+    if report is not None:  # that it can be written is known before hours of decoding
+        try:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.open("a").close()
+        except OSError as error:
+            raise UserError(f"out={report} cannot be written: {error.strerror}") from None
     health = examine(paths, node["cache_dir"], cache, decoding, node["filters"], order["num_processes"])
+    if report is not None:
+        report.write_text(health.as_json() + "\n", encoding="utf-8")
     for line in health.lines():
         print(line)
-    if order["out"] is not None:
-        Path(order["out"]).write_text(health.as_json() + "\n", encoding="utf-8")
     if health.exceeds(node["max_bad_fraction"]):
         show_error(UserError(f"more is wrong than data.max_bad_fraction={node['max_bad_fraction']:g} allows"))
         raise RunFailed(1)

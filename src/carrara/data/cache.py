@@ -75,6 +75,10 @@ class ShardCache:
             with suppress(Timeout, UserError, MachineError, OSError):
                 self._fetch(url, path, size, sha256, patience=0)
 
+    def forget(self, url: str) -> None:
+        """Its copy goes: what it holds is of no use, and another may be there by now."""
+        self.path(url).unlink(missing_ok=True)
+
     def _fetch(self, url: str, path: Path, size: int | None, sha256: str | None, patience: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.parent / "fetch.lock", timeout=patience):
@@ -122,10 +126,11 @@ class ShardCache:
 
 
 def size_of(url: str) -> int | None:
-    """Bytes at the address, if it says."""
+    """Bytes at the address, if it says; for an estimate, so what fails is not told."""
     system, path = _open_system(url)
-    size = system.info(path).get("size")
-    return None if size is None else int(size)
+    with suppress(Exception):  # as many kinds as there are kinds of addresses
+        return int(system.info(path)["size"])
+    return None
 
 
 def fetch(url: str, file: IO[bytes]) -> str:

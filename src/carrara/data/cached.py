@@ -3,8 +3,7 @@
 import io
 import json
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from carrara.errors import UserError
 
 SUFFIX = ".cache.npz"
 Facts = dict[str, str | int | None]  # what it was made with: field -> value
+_LONGEST_FACTS = 4096  # characters
 
 
 class Cached(NamedTuple):
@@ -30,7 +30,7 @@ class Cached(NamedTuple):
 
 
 def pack(cached: Cached, facts: Facts) -> bytes:
-    """The member's bytes, its floats of `facts["dtype"]`."""
+    """The member's bytes, its floats of `facts["dtype"]`; what is packed has the shapes that the facts tell."""
     arrays = {name: value.astype(str(facts["dtype"])) for name, value in cached._asdict().items() if value is not None}
     buffer = io.BytesIO()
     np.savez(buffer, facts=np.array(_text(facts)), **arrays)
@@ -42,23 +42,50 @@ def unpack(data: bytes, facts: str, text: bool) -> Cached:
 
     Raises DecodeError: broken_cache, or other_cache where it was made with other facts than those of the shard.
     """
+    names = ("mean", "std", "tokens", "pooled") if text else ("mean", "std")
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            if str(arrays["facts"]) != facts:
-                raise DecodeError("other_cache")
-            names = ("mean", "std", "tokens", "pooled") if text else ("mean", "std")
-            return Cached(*(arrays[name].astype(np.float32) for name in names))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        found, *arrays = _arrays(data, "facts", *names)
+        cached = Cached(*(array.astype(np.float32) for array in arrays))
+        same, fits = str(found) == facts, _fits(cached, json.loads(facts))
+    except Exception:  # as in `_arrays`
         raise DecodeError("broken_cache") from None
+    if not (same and fits):
+        raise DecodeError("broken_cache" if same else "other_cache")
+    return cached
 
 
 def facts_of(data: bytes) -> str:
     """The facts of a member, "" of a broken one."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return _text(json.loads(str(arrays["facts"])))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        (found,) = _arrays(data, "facts")
+        facts = json.loads(str(found))
+        return _text(facts) if isinstance(facts, dict) and len(str(found)) <= _LONGEST_FACTS else ""
+    except Exception:  # as in `_arrays`
         return ""
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as facts tell it: `4x8x8`."""
+    return "x".join(map(str, shape))
+
+
+def _arrays(data: bytes, *names: str) -> list[NDArray[Any]]:
+    """Those of the member. Whatever zipfile and numpy's parser raise on bytes that come from anyone is for the caller.
+
+    Members that are compressed are refused: some kilobytes of them make gigabytes.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = [archive.getinfo(f"{name}.npy") for name in names]
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise zipfile.BadZipFile
+        return [np.lib.format.read_array(io.BytesIO(archive.read(member)), allow_pickle=False) for member in members]
+
+
+def _fits(cached: Cached, facts: Mapping[str, Any]) -> bool:
+    """Whether the shapes are those that the facts tell, so that samples of one shard make a batch."""
+    mean, std, tokens, pooled = cached
+    text = tokens is None or pooled is None or (tokens.shape[1:] == pooled.shape == (facts["text_width"],))
+    return text and shape_text(mean.shape) == shape_text(std.shape) == facts["latent_shape"]
 
 
 def check_facts(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -149,7 +149,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 def decode_caption(data: bytes, key: str | None = None) -> str:
     """UTF-8 text, or the text under `key` of a JSON object; without NULs and with single spaces.
 
-    Bytes that are no UTF-8 become U+FFFD. Raises DecodeError: no_caption, if the JSON has no text there.
+    Bytes that are no UTF-8, and halves of surrogate pairs, which JSON can spell, become U+FFFD. Raises DecodeError:
+    no_caption, if the JSON has no text there.
     """
     text = data.decode("utf-8", "replace")
     if key is not None:
@@ -159,4 +160,5 @@ def decode_caption(data: bytes, key: str | None = None) -> str:
             raise DecodeError("no_caption") from None
         if not isinstance(text, str):
             raise DecodeError("no_caption")
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return " ".join(text.replace("\0", "").removeprefix("\ufeff").split())

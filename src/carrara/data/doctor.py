@@ -108,7 +108,7 @@ def examine(
     """The health of shards, every eligible sample decoded, in so many `processes` (default: one a core)."""
     scanned = scan_all(paths, cache_dir, decoding.caption, cache)
     manifest = Manifest(tuple(shard for shard in scanned if isinstance(shard, Shard)))
-    work = list(enumerate(judge(manifest, decoding.caption, filters)))
+    work = list(enumerate(judge(manifest, decoding.caption, filters))) if manifest.shards else []
     usable = iter(_decode_all(manifest, cache, decoding, work, processes))
     shards = [
         ShardHealth(path, unusable=str(shard)) if isinstance(shard, UserError) else next(usable)
@@ -162,7 +162,7 @@ def _examine_one(manifest: Manifest, cache: ShardCache, decoding: Decoding, item
 
     def note(reason: str, place: str) -> None:
         if len(examples.setdefault(reason, [])) < _EXAMPLES:
-            examples[reason].append(place)
+            examples[reason].append(place.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
 
     archive: Counter[str] = Counter()
     for problem in index.problems:

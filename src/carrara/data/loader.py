@@ -210,7 +210,9 @@ class Loader:
         for _ in range(len(self) - self._given % len(self)):
             if self._batches is None:
                 self._batches = start(self.pipeline(), self.num_workers, self.start_method)
-            batch = next(self._batches)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise UserError("a stage of data.stages came to an end; it must go on as long as it is given samples")
             self._judge(batch)
             self._given += 1
             yield batch

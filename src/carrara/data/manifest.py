@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from carrara.data.cache import ShardCache, is_remote, size_of
 from carrara.data.shard_index import CAPTION, IMAGE_SUFFIXES, ShardIndex, scan, scan_file
-from carrara.errors import UserError
+from carrara.errors import MachineError, UserError
 
 _log = logging.getLogger(__name__)
 
-_VERSION = 5  # of the index files; another number makes them anew
+_VERSION = 6  # of the index files; another number makes them anew
 _SERIAL = 4  # up to so many shards are scanned without other processes
 
 
@@ -39,7 +39,7 @@ class Shard:
     cached: str  # facts of its cache
     index_path: str
     num_samples: int
-    digest: str  # of keys, offsets and sizes: the shard's content as far as a scan sees it
+    digest: str  # of keys, offsets, sizes and the index's `ends`: the shard's content as far as a scan sees it
     problems: dict[str, int]  # reason -> count
 
 
@@ -154,9 +154,14 @@ def _scanned(
     except OSError as error:
         return UserError(f"cannot read the shard {path}: {error.strerror}")
     except UserError as mistake:
+        if cache is not None and is_remote(path):
+            cache.forget(path)
         return mistake
     place = _index_path(path, status, folder, caption, pictures)
-    index.save(place)
+    try:
+        index.save(place)
+    except OSError as error:
+        raise MachineError(f"data.cache_dir: cannot write {place}: {error.strerror}") from None
     return _shard(path, status, place, index, caption)
 
 
@@ -176,6 +181,6 @@ def _shard(
         cached=index.cached,
         index_path=str(place),
         num_samples=len(index.keys),
-        digest=hashlib.sha256(index.keys.tobytes() + index.members.tobytes()).hexdigest()[:16],
+        digest=hashlib.sha256(index.keys.tobytes() + index.members.tobytes() + b"%d" % index.ends).hexdigest()[:16],
         problems=dict(Counter(problem.reason for problem in index.problems)),
     )

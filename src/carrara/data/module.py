@@ -90,6 +90,16 @@ class ShardData:
             make(root)
         if crop not in ("center", "random", "none"):
             raise UserError(f"data.crop={crop} is not known; it is center, random or none")
+        for key, value, least in (
+            ("val_samples", val_samples, 1),
+            ("num_workers", num_workers, 0),
+            ("resolution", resolution, 1),
+            ("max_pixels", max_pixels, 1),
+        ):
+            if value is not None and (type(value) is not int or value < least):
+                raise UserError(f"data.{key} must be a whole number from {least} on, not {value!r}")
+        if not 0 <= max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction={max_bad_fraction} is a share, from 0 to 1")
         self.name, self.seed = name, seed
         self.prompt_check = prompt_check
         self.num_workers, self.window, self.groups = num_workers, shuffle_window, groups

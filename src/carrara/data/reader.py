@@ -89,9 +89,14 @@ class ShardReader:
         return shard, sample - int(self._starts[shard])
 
     def key(self, sample: int) -> str:
+        """`shard/key`, to be shown."""
+        key = self.member(sample).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return f"{self.manifest.shards[self.locate(sample)[0]].name}/{key}"
+
+    def member(self, sample: int) -> str:
+        """The key in its shard, as `tarfile` has it: bytes that are no UTF-8 are surrogates."""
         shard, row = self.locate(sample)
-        key = bytes(self._opened(shard).keys[row]).decode("utf-8", "replace")
-        return f"{self.manifest.shards[shard].name}/{key}"
+        return bytes(self._opened(shard).keys[row]).decode("utf-8", "surrogateescape")
 
     def read(self, sample: int, part: int) -> bytes:
         """Bytes of its IMAGE, CAPTION or JSON, empty if it has none. Raises DecodeError: unreadable."""
@@ -203,6 +208,7 @@ class Samples:
         raise UserError(f"{TRIES} samples in a row cannot be decoded ({histogram}); check the shards in data.urls")
 
     def caption(self, sample: int) -> str:
+        """ "" if none is asked for. Raises DecodeError: unreadable, no_caption."""
         caption = self.decoding.caption
         if caption is None:
             return ""
@@ -214,6 +220,8 @@ class Samples:
 
     def _decode(self, sample: int, u: Sequence[float], size: Size | None) -> Sample:
         caption = self.caption(sample)
+        if not caption and self.decoding.caption is not None:  # white space, which a scan has not looked into
+            raise DecodeError("empty_caption")
         if self.use != "pictures":
             facts = self.reader.manifest.shards[self.reader.locate(sample)[0]].cached
             cached = unpack(self.reader.read(sample, CACHED), facts, self.use == "latents_and_text")

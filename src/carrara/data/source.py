@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -22,6 +23,7 @@ webdataset.utils.enforce_security = True  # as WDS_SECURE does, where webdataset
 _log = logging.getLogger(__name__)
 _GZIP = b"\x1f\x8b"
 _CHUNK = 1 << 20
+_SECRET = re.compile(r"sig|token|secret|credential|passw|auth|key|jwt", re.IGNORECASE)  # X-Amz-Signature, sig, …
 
 
 def expand(urls: str | Sequence[str], name: str = "data.urls") -> list[str]:
@@ -63,9 +65,10 @@ def _expand_one(spec: str, name: str) -> list[str]:
     for url in expand_urls(spec):
         scheme, colon, rest = url.partition(":")
         if is_remote(url):
-            if "@" in url.partition("://")[2].partition("/")[0]:
+            if "@" in url.partition("://")[2].partition("/")[0] or any(map(_SECRET.search, _query_keys(url))):
                 raise UserError(
-                    f"{name}: an address is written into run folders and must hold no password: use ~/.netrc"
+                    f"{name}: an address is written into run folders and must hold no password, key or signature: use "
+                    "~/.netrc, or an s3:// or gs:// address, for which the machine's own credentials are taken"
                 )
             found.append(url)
             continue
@@ -85,6 +88,10 @@ def _expand_one(spec: str, name: str) -> list[str]:
         else:
             raise UserError(f"{name}: there is no shard {url}")
     return found
+
+
+def _query_keys(url: str) -> list[str]:
+    return [pair.partition("=")[0] for pair in url.partition("?")[2].split("&")]
 
 
 def unpacked(paths: Sequence[str], cache_dir: str | Path) -> list[str]:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _REGULAR = b"0\x007"  # the types of ordinary files
+_LONGEST_NAME = 1024  # bytes; one longer name would widen the index's array of keys for all
+_LONGEST_RECORD = 1 << 20  # bytes of a GNU or pax record that are read; real ones have some hundred
 
 
 class Member(NamedTuple):
@@ -32,7 +34,7 @@ def walk(data: bytes | mmap) -> tuple[list[Member], list[Problem]]:
     """All whole members in the file's order, and the reasons for what is not among them:
 
     garbage_header (blocks that are no header, where one should be), nul_blocks (NULs with members behind
-    them), truncated (the file ends within a member).
+    them), truncated (the file ends within a member), long_name (of more than 1024 bytes, which are the place).
     """
     members: list[Member] = []
     problems: list[Problem] = []
@@ -64,15 +66,18 @@ def walk(data: bytes | mmap) -> tuple[list[Member], list[Problem]]:
         elif kind in b"123456":  # links, devices and folders have no payload, whatever their size field says
             size = 0
         if payload + size > end:
-            problems.append(Problem(name, "truncated"))
+            problems.append(Problem(_shortened(name) or name, "truncated"))
             return members, problems
         if kind == b"L":
-            long_name = _text(data[payload : payload + size])
+            long_name = _text(data[payload : payload + min(size, _LONGEST_RECORD)])
         elif kind == b"x":
-            long_name, long_size = _pax(data[payload : payload + size])
+            long_name, long_size = _pax(data[payload : payload + min(size, _LONGEST_RECORD)])
         elif kind not in b"Kg":  # records of links and of the whole archive, which stand between a name and its member
             if kind in _REGULAR:
-                members.append(Member(name, payload, size))
+                if short := _shortened(name):
+                    problems.append(Problem(short, "long_name"))
+                else:
+                    members.append(Member(name, payload, size))
             long_name = long_size = None
         position = payload + -(-size // _BLOCK) * _BLOCK
     if position < end and data[position:end].strip(b"\0"):
@@ -108,23 +113,35 @@ def _name(header: bytes) -> str:
     return name
 
 
+def _shortened(name: str) -> str | None:
+    """The start of a name that is too long, None of one that is not."""
+    if 4 * len(name) <= _LONGEST_NAME:  # a character has four bytes at most
+        return None
+    encoded = name.encode("utf-8", "surrogateescape")
+    return None if len(encoded) <= _LONGEST_NAME else encoded[:_LONGEST_NAME].decode("utf-8", "replace")
+
+
 def _pax(records: bytes) -> tuple[str | None, int | None]:
     """Path and size in pax records, each `LENGTH KEY=VALUE newline`."""
     name: str | None = None
     size: int | None = None
     if b" path=" not in records and b" size=" not in records:  # most are of times
         return name, size
+    start = 0
     try:
-        while records.strip(b"\0"):
-            length = int(records[: records.index(b" ")])
-            if length <= 0:
+        while (space := records.find(b" ", start)) >= 0:
+            end = start + int(records[start:space])
+            if end <= space:
                 break
-            key, _, value = records[:length].partition(b" ")[2].removesuffix(b"\n").partition(b"=")
+            key, _, value = records[space + 1 : end].removesuffix(b"\n").partition(b"=")
             if key == b"path":
                 name = value.decode("utf-8", "surrogateescape")
             elif key == b"size":
-                size = int(value)
-            records = records[length:]
+                told = int(value)
+                if told < 0:
+                    break
+                size = told
+            start = end
     except ValueError:  # a damaged record: the header's own fields stand
         pass
     return name, size

@@ -43,7 +43,7 @@ class AutoencoderModel(Model):
         max_steps: int,
         seed: int,
     ):
-        if not any(p.requires_grad for p in autoencoder.parameters()):
+        if not list(autoencoder.parameters()):
             raise ValueError(f"autoencoder: {type(autoencoder).__name__} has nothing to train; take autoencoder=kl")
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.autoencoder = autoencoder

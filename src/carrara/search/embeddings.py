@@ -5,6 +5,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ class Embeddings:
         self.starts = manifest.starts
         self.parts: list[NDArray[np.float16]] = []
         for path, shard in zip(paths, manifest.shards, strict=True):
-            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            try:
+                rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError):
+                rows = np.empty(0)
             if rows.dtype != np.float16 or rows.ndim != 2 or len(rows) != shard.num_samples:
                 raise UserError(f"{path} is damaged; remove it, and it is made again")
             self.parts.append(rows)
@@ -95,12 +99,14 @@ def embed_texts(evaluator: CLIP, texts: list[str]) -> NDArray[np.float32]:
 def embed_shards(
     manifest: Manifest, samples: Samples, evaluator: CLIP, folder: Path, batch_size: int, num_workers: int
 ) -> Embeddings | None:
-    """Embeds what is not there yet; the same command on other machines that share the folder takes other shards.
+    """Embeds what is not there yet, with or without a caption; the same command on other machines that share the folder
+    takes other shards.
 
     Returns:
         None while another process is still at some of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    samples = Samples(samples.reader, replace(samples.decoding, caption=None))
     paths = [folder / _name(shard) for shard in manifest.shards]
     waiting = 0
     for number, path in enumerate(paths):

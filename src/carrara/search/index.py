@@ -7,11 +7,13 @@ from typing import Any, Protocol
 
 import faiss
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from carrara.search.embeddings import Embeddings
 
-Found = tuple[NDArray[np.float32], NDArray[np.int64]]  # (Q, k) cosines, falling, and ids; -1 where there are fewer
+Found = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""(Q, k) cosines, falling, and ids; −∞ and −1 where there are fewer. A row of zeros is never found."""
 
 EXACT_UP_TO = 200_000  # rows: comparing with all takes some hundredths of a second
 _PER_LIST = 40  # rows that each list is trained on
@@ -36,10 +38,15 @@ class Exact:
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         for first, rows in self.embeddings.blocks():
             new = queries @ rows.T
+            new[:, _zero(rows)] = -np.inf
             enough = scores[:, -1:]
             if len(rows) > k:
                 enough = np.maximum(enough, np.partition(new, -k, axis=1)[:, -k, None])
-            query, row = np.nonzero(new >= enough)  # what is left to sort: k of each, and their equals
+            passing = new >= enough
+            for crowded in np.flatnonzero(passing.sum(axis=1) > k).tolist():  # of the k-th's equals the first
+                better = np.count_nonzero(new[crowded] > enough[crowded])
+                passing[crowded, np.flatnonzero(new[crowded] == enough[crowded])[k - better :]] = False
+            query, row = np.nonzero(passing)  # what is left to sort
             column = np.arange(len(query)) - np.searchsorted(query, query)
             new_scores = np.full((len(queries), column.max(initial=-1) + 1), -np.inf, dtype=np.float32)
             new_ids = np.full(new_scores.shape, -1, dtype=np.int64)
@@ -91,7 +98,7 @@ def _search(index: Any, embeddings: Embeddings, queries: NDArray[np.float32], k:
     _, candidates = index.search(np.ascontiguousarray(queries, dtype=np.float32), min(_CANDIDATES * k, len(embeddings)))
     flat = embeddings.rows(candidates.reshape(-1)).reshape(*candidates.shape, -1)
     scores = np.einsum("qd,qcd->qc", queries, flat)
-    scores[candidates < 0] = -np.inf
+    scores[(candidates < 0) | ~flat.any(axis=2)] = -np.inf
     return _best(scores, candidates, k)
 
 
@@ -120,7 +127,9 @@ def open_index(embeddings: Embeddings, folder: Path, name: str, queries: Callabl
         return Exact(embeddings)
     path = folder / f"{name}.faiss"
     if not path.exists():
-        Approximate.build(embeddings, path, queries())
+        with FileLock(path.with_suffix(".lock")):  # who comes second waits, and finds it
+            if not path.exists():
+                Approximate.build(embeddings, path, queries())
     return Approximate(path, embeddings)
 
 
@@ -135,9 +144,10 @@ def near_duplicates(embeddings: Embeddings, index: Index, least: float, neighbou
         return k
 
     for first, rows in embeddings.blocks(4096):
-        scores, ids = index.search(rows, neighbours)
-        query, place = np.nonzero(scores >= least)
-        for one, other in zip((first + query).tolist(), ids[query, place].tolist(), strict=True):
+        asking = np.setdiff1d(np.arange(len(rows)), _zero(rows))
+        scores, ids = index.search(rows[asking], neighbours)
+        query, place = np.nonzero((scores >= least) & (ids >= 0))
+        for one, other in zip((first + asking[query]).tolist(), ids[query, place].tolist(), strict=True):
             low, high = sorted((root(one), root(other)))
             parent[high] = low
     groups: dict[int, list[int]] = {}
@@ -149,4 +159,11 @@ def near_duplicates(embeddings: Embeddings, index: Index, least: float, neighbou
 def _best(scores: NDArray[np.float32], ids: NDArray[np.int64], k: int) -> Found:
     """The k best columns of each row; of equals the lower id."""
     order = np.lexsort((ids, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+    scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+    return scores, np.where(np.isneginf(scores), -1, ids)
+
+
+def _zero(rows: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Which rows are of pictures that could not be decoded."""
+    some = np.flatnonzero(rows[:, 0] == 0)  # few: the others need not be looked at
+    return some[~rows[some].any(axis=1)]
