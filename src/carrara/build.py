@@ -29,7 +29,7 @@ from carrara.run_folder import component_folder, is_finished, load_config
 
 _HOPELESS = 1000.0  # sigma / alpha; the linear schedule of DDPM begins at 157, Stable Diffusion's at 15
 ARCHITECTURES = (
-    "network", "conditioner", "language_model", "autoencoder", "evaluator", "classifier"
+    "network", "discriminator", "conditioner", "language_model", "autoencoder", "evaluator", "classifier"
 )  # fmt: skip
 """In the order in which a plan shows them."""
 
@@ -218,7 +218,7 @@ def load_trained(
     """
     config = load_config(folder)
     if classifier is not None:
-        if "diffusion" not in config:
+        if "pipeline" not in config:
             raise UserError(f"{config['name']} samples nothing: leave part.classifier out")
         config["part"]["classifier"] = classifier
     model, modules = build_model(config)

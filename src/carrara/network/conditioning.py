@@ -36,6 +36,10 @@ class Conditioning:
             torch.where(drop[:, None], b.pooled, a.pooled),
         )
 
+    def detach(self) -> "Conditioning":
+        """The same without a gradient, in float32: for a network that reads it and does not teach it."""
+        return Conditioning(self.tokens.detach().float(), self.mask, self.pooled.detach().float())
+
     @property
     def _fields(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.tokens, self.mask, self.pooled
