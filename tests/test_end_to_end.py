@@ -282,6 +282,37 @@ def test_pixels_without_captions_or_evaluator(workplace: tuple[Path, Path], tmp_
     assert scores["val/bits_per_dim/bound"] > 0 and scores["val/bits_per_dim/ode"] > 0
 
 
+@pytest.mark.parametrize("model", ["gan", "vae"])
+def test_a_generator_makes_pictures_in_one_call(workplace: tuple[Path, Path], tmp_path: Path, model: str) -> None:
+    cwd, _ = workplace
+    (judge,) = (cwd / "runs" / "components").glob("evaluator-*")
+    small = [f"size.{model}.channels=[16,16]", f"size.{model}.attention=[false,true]", f"size.{model}.noise_width=8"]
+    done = run(
+        "train.py", *TINY, *small, f"model={model}", "trainer.max_steps=2", "trainer.batch_size=8",
+        f"part.evaluator={judge}", f"runs_dir={tmp_path}/runs", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / f"{model}-shapes").iterdir()
+    assert json.loads((folder / "component" / "card.json").read_text())["kind"] == "generator"
+    assert last(folder, "val/fd_evaluator") > 0 and last(folder, "val_seen/num_images") == 8
+    assert not (folder / "samples" / "strip.png").exists()  # there is nothing between noise and picture
+    out = tmp_path / "pictures"
+    done = run("generate.py", f"run={folder}", "prompt=a red circle", "temperature=0.5", f"out={out}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out / "grid.png").size == (128, 32)
+    wrong = run("generate.py", f"run={folder}", "prompt=a red circle", "num_steps=5", cwd=cwd)
+    assert wrong.returncode == 2 and f"{model} is not sampled with a num_steps" in wrong.stderr
+    done = run(
+        "evaluate.py", f"run={folder}", "trainer.accelerator=cpu", "trainer.precision=32-true", "batch_size=4",
+        f"out={tmp_path / 'again'}", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "scores.json").read_text())["scores"]
+    assert ("val/bits_per_dim" in again) == (model == "vae")
+    for name, value in again.items():  # also the bound, whose encoder is exported with the generator
+        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
 def test_shards_are_examined_encoded_searched_and_trained_on(workplace: tuple[Path, Path], tmp_path: Path) -> None:
     cwd, _ = workplace
     data = [setting for setting in TINY if setting.startswith("data.")]

@@ -101,6 +101,11 @@ SCORES: dict[str, Score] = {
         few=200,
         warning=_NOISY,
     ),
+    "bits_per_dim": Score(
+        "Bits a dimension",
+        "A bound on what storing a held-out picture costs, for each of its values; 8 without any model.",
+        better="lower",
+    ),
     "fid_inception": _frechet("FID (Inception)", "Inception features. 0 is equal", few=10_000),
     "fd_evaluator": _frechet("Fréchet distance", "our evaluator's features. Not an FID", few=2_000),
     "fd_cnn": _frechet("Fréchet distance (CNN)", "the features of a classifier trained here. Not an FID", few=2_000),

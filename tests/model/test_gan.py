@@ -120,7 +120,7 @@ def test_the_generators_gradient_raises_the_logits_of_its_pictures():
     with torch.no_grad():
         for parameter in model.generator.parameters():
             if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(0.1 * parameter.grad)
     assert logits() > before
 
 
@@ -207,11 +207,18 @@ def ring(count: int, generator: torch.Generator) -> Tensor:
 def test_all_modes_of_a_mixture_are_found():
     """Eight modes, each within a factor of two of its share, and few points far from all of them."""
     generator = torch.Generator().manual_seed(0)
-    settings = {"optimizer": lambda groups: torch.optim.Adam(groups, lr=1e-3, betas=(0.0, 0.99)), "cooldown": 0.5}
     model = Points(
-        PointGenerator(), Unconditional(8), PointDiscriminator(), gradient_penalty=0.1, caption_mean_weight=0.0,
-        warmup_steps=0, max_steps=2000, seed=0, **settings,
-    )  # type: ignore[arg-type]  # fmt: skip
+        PointGenerator(),  # type: ignore[arg-type]
+        Unconditional(8),
+        PointDiscriminator(),
+        gradient_penalty=0.1,
+        caption_mean_weight=0.0,
+        optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3, betas=(0.0, 0.99)),
+        warmup_steps=0,
+        cooldown=0.5,
+        max_steps=2000,
+        seed=0,
+    )
     configured = model.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
 

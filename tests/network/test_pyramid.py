@@ -46,7 +46,8 @@ every_network = pytest.mark.parametrize(
     [(generator, noise, (3, 8, 8)), (variational, noise, (3, 8, 8)), (discriminator, pictures, ())],
     ids=["generator", "variational", "discriminator"],
 )
-Build, Draw = Callable[[], nn.Module], Callable[[int], Tensor]
+Build = Callable[[], nn.Module]
+Draw = Callable[[int], Tensor]
 
 
 @every_network

@@ -53,6 +53,7 @@ class GANModel(Model):
     ):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.generator = Conditioned(network, conditioner)
+        self.noise_shape = network.noise_shape
         self.discriminator = discriminator
         self.gradient_penalty = gradient_penalty
         self.caption_mean_weight = caption_mean_weight
@@ -71,7 +72,7 @@ class GANModel(Model):
             return {}
         real = self.images(batch)
         conditioning = self.generator.conditioner(batch["captions"])
-        noise = self.normal(batch, "noise", self.generator.network.noise_shape)
+        noise = self.normal(batch, "noise", self.noise_shape)
         fake = self.generator.network(noise, conditioning).float()
         told = conditioning.detach()
         with torch.autocast(fake.device.type, enabled=False):
@@ -105,6 +106,6 @@ def discriminator_losses(judge: Judge, real: Tensor, fake: Tensor) -> dict[str, 
         slopes = torch.autograd.grad((on_real + on_fake).sum(), (real, fake), create_graph=True)
     return {
         "discriminator": F.softplus(on_fake - on_real).mean(),
-        "penalty": sum(slope.square().flatten(1).sum(1).mean() for slope in slopes),
+        "penalty": torch.stack([slope.square().flatten(1).sum(1).mean() for slope in slopes]).sum(),
         "on_real": on_real.detach(),
     }

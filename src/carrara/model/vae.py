@@ -43,6 +43,7 @@ class VAEModel(Model):
     ):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.generator = Conditioned(network, conditioner)
+        self.noise_shape = network.noise_shape
         self.caption_mean_weight = caption_mean_weight
         self.caption_mean = CaptionMean(3, conditioner.width) if caption_mean_weight else None
 
@@ -64,7 +65,7 @@ class VAEModel(Model):
         images, network = self.images(batch), self.network
         conditioning = self.generator.conditioner(batch["captions"])
         mean, logvar = network.posterior(images, conditioning)
-        z = mean + (0.5 * logvar).exp() * self.normal(batch, "posterior", network.noise_shape)
+        z = mean + (0.5 * logvar).exp() * self.normal(batch, "posterior", self.noise_shape)
         picture = network.generator(z, conditioning).float()
         per_value = 1 / images[0].numel()
         losses = {

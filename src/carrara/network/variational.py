@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from carrara.network.conditioning import Conditioning
 from carrara.network.generator import Generator
+from carrara.network.layers import zero_
 from carrara.network.pyramid import Pyramid, Tower
 
 
@@ -33,9 +34,9 @@ class Variational(nn.Module):
         self.encoder = Tower(pyramid)
         self.encoder_out = nn.Linear(pyramid.features, 2 * noise_width)
         hidden = 2 * pooled_width
-        self.prior_net = nn.Sequential(nn.Linear(pooled_width, hidden), nn.SiLU(), nn.Linear(hidden, 2 * noise_width))
-        nn.init.zeros_(self.prior_net[2].weight)
-        nn.init.zeros_(self.prior_net[2].bias)
+        self.prior_net = nn.Sequential(
+            nn.Linear(pooled_width, hidden), nn.SiLU(), zero_(nn.Linear(hidden, 2 * noise_width))
+        )
         self.log_std = nn.Parameter(torch.tensor(-1.5))
 
     def posterior(self, images: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class OneStep:
         """One picture a caption; see `Pipeline`. `on_step` is never called."""
         network, conditioning = self.model.generator.network, self.model.generator.conditioner(captions)
         draws = Draws(seed, torch.as_tensor(list(indices)))
-        noise = draws.of_shape(network.noise_shape, conditioning.pooled.device)()
+        noise = draws.of_shape(self.model.noise_shape, conditioning.pooled.device)()
         return self.decode(network(self.temperature * noise, conditioning))
 
     def decode(self, z: Tensor) -> Tensor:
