@@ -313,6 +313,27 @@ def test_a_generator_makes_pictures_in_one_call(workplace: tuple[Path, Path], tm
         assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.slow
+def test_two_ranks_train_both_players_as_one_does(tmp_path: Path) -> None:
+    """The penalties are differentiated twice, and no rank's samples get lost on the way."""
+    weights = []
+    for devices in (1, 2):
+        done = run(
+            "train.py", *TINY, "model=gan", "size.gan.channels=[16,16]", "size.gan.attention=[false,true]",
+            "size.gan.noise_width=8", "model/optimizer=sgd", "trainer.learning_rate=0.01", "trainer.max_steps=3",
+            "trainer.batch_size=8", "part.evaluator=null", f"trainer.devices={devices}", f"runs_dir=runs{devices}",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / f"runs{devices}" / "gan-shapes").iterdir()
+        checkpoint = max((folder / "checkpoints").glob("*.ckpt"))
+        weights.append(torch.load(checkpoint, weights_only=True)["state_dict"])
+    assert any(name.startswith("discriminator.") for name in weights[0])
+    for name, value in weights[0].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5)
+
+
 def test_shards_are_examined_encoded_searched_and_trained_on(workplace: tuple[Path, Path], tmp_path: Path) -> None:
     cwd, _ = workplace
     data = [setting for setting in TINY if setting.startswith("data.")]
