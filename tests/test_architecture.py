@@ -52,6 +52,8 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
         "classifier",
         "language_model",
         "restoration",
+        "gan",
+        "vae",
     ],
 )
 @pytest.mark.parametrize("size", ["demo", "small", "base"])
@@ -107,4 +109,18 @@ def test_a_restoration_that_does_not_fit_pictures_is_refused(key):
 def test_a_transformer_that_does_not_fit_is_refused(key):
     config = compose(CONF, "train", ["model=latent_dit", f"network.{key}", "size=demo"]).config
     with pytest.raises(UserError, match=r"does not fit latents of \(4, 8, 8\) and captions of width 128"):
+        check_fit(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("model", ["gan", "vae"])
+@pytest.mark.parametrize("key", ["pyramid.resolution=16", "pyramid.context_width=77", "pooled_width=7"])
+def test_a_generator_that_does_not_fit_is_refused(model, key):
+    config = compose(CONF, "train", [f"model={model}", f"network.{key}", "size=demo"]).config
+    with pytest.raises(UserError, match=r"does not fit pictures of 32 × 32 and captions of width 128"):
+        check_fit(config, meta_modules(config)[0])
+
+
+def test_a_generator_makes_square_pictures():
+    config = compose(CONF, "train", ["model=gan", "data.bucket_aspect=2.0", "size=demo"]).config
+    with pytest.raises(UserError, match=r"data\.bucket_aspect: model=gan makes square pictures"):
         check_fit(config, meta_modules(config)[0])

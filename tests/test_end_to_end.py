@@ -299,6 +299,58 @@ def test_pixels_without_captions_or_evaluator(workplace: tuple[Path, Path], tmp_
     assert scores["val/bits_per_dim/bound"] > 0 and scores["val/bits_per_dim/ode"] > 0
 
 
+@pytest.mark.parametrize("model", ["gan", "vae"])
+def test_a_generator_makes_pictures_in_one_call(workplace: tuple[Path, Path], tmp_path: Path, model: str) -> None:
+    cwd, _ = workplace
+    (judge,) = (cwd / "runs" / "components").glob("evaluator-*")
+    small = [f"size.{model}.channels=[16,16]", f"size.{model}.attention=[false,true]", f"size.{model}.noise_width=8"]
+    done = run(
+        "train.py", *TINY, *small, f"model={model}", "trainer.max_steps=2", "trainer.batch_size=8",
+        f"part.evaluator={judge}", f"runs_dir={tmp_path}/runs", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / f"{model}-shapes").iterdir()
+    assert json.loads((folder / "component" / "card.json").read_text())["kind"] == "generator"
+    assert last(folder, "val/fd_evaluator") > 0 and last(folder, "val_seen/num_images") == 8
+    assert not (folder / "samples" / "strip.png").exists()  # there is nothing between noise and picture
+    out = tmp_path / "pictures"
+    done = run("generate.py", f"run={folder}", "prompt=a red circle", "temperature=0.5", f"out={out}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out / "grid.png").size == (128, 32)
+    wrong = run("generate.py", f"run={folder}", "prompt=a red circle", "num_steps=5", cwd=cwd)
+    assert wrong.returncode == 2 and f"{model} is not sampled with a num_steps" in wrong.stderr
+    done = run(
+        "evaluate.py", f"run={folder}", "trainer.accelerator=cpu", "trainer.precision=32-true", "batch_size=4",
+        f"out={tmp_path / 'again'}", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "scores.json").read_text())["scores"]
+    assert ("val/bits_per_dim" in again) == (model == "vae")
+    for name, value in again.items():  # also the bound, whose encoder is exported with the generator
+        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_ranks_train_both_players_as_one_does(tmp_path: Path) -> None:
+    """The penalties are differentiated twice, and no rank's samples get lost on the way."""
+    weights = []
+    for devices in (1, 2):
+        done = run(
+            "train.py", *TINY, "model=gan", "size.gan.channels=[16,16]", "size.gan.attention=[false,true]",
+            "size.gan.noise_width=8", "model/optimizer=sgd", "trainer.learning_rate=0.01", "trainer.max_steps=3",
+            "trainer.batch_size=8", "part.evaluator=null", f"trainer.devices={devices}", f"runs_dir=runs{devices}",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / f"runs{devices}" / "gan-shapes").iterdir()
+        checkpoint = max((folder / "checkpoints").glob("*.ckpt"))
+        weights.append(torch.load(checkpoint, weights_only=True)["state_dict"])
+    assert any(name.startswith("discriminator.") for name in weights[0])
+    for name, value in weights[0].items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-5)
+
+
 def test_shards_are_examined_encoded_searched_and_trained_on(workplace: tuple[Path, Path], tmp_path: Path) -> None:
     cwd, _ = workplace
     data = [setting for setting in TINY if setting.startswith("data.")]

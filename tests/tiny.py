@@ -39,14 +39,20 @@ from carrara.model.classifier import ClassifierModel
 from carrara.model.diffusion import DiffusionModel
 from carrara.model.evaluator import EvaluatorModel
 from carrara.model.flow import FlowModel
+from carrara.model.gan import GANModel
 from carrara.model.language_model import LanguageModelModel
 from carrara.model.optimizer import Muon, sgd
 from carrara.model.restoration import RestorationModel
+from carrara.model.vae import VAEModel
 from carrara.network.autoregressive import TextImageTransformer
+from carrara.network.discriminator import Discriminator
 from carrara.network.dit import DiT
+from carrara.network.generator import Generator
+from carrara.network.pyramid import Pyramid
 from carrara.network.tarflow import FlowBlock, TarFlow
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.unet import UNet
+from carrara.network.variational import Variational
 from carrara.pipeline.denoising import Sampling
 
 COLORS = ["red", "green", "blue", "white"]
@@ -348,6 +354,51 @@ def classifier_model(labels: Sequence[str], channels: Sequence[int] = (8, 16), *
         "seed": 0,
     }
     return ClassifierModel(**settings | changes)
+
+
+def pyramid(**changes: Any) -> Pyramid:
+    settings: dict[str, Any] = {
+        "resolution": RESOLUTION,
+        "patch": 2,
+        "channels": [8, 16],
+        "attention": [False, True],
+        "num_blocks": 1,
+        "group_width": 8,
+        "depth": 1,
+        "heads": 2,
+        "context_width": 8,
+    }
+    return Pyramid(**settings | changes)
+
+
+def gan_model(**changes: Any) -> GANModel:
+    settings: dict[str, Any] = {
+        "network": Generator(pyramid(), noise_width=4, pooled_width=8),
+        "conditioner": text(),
+        "discriminator": Discriminator(pyramid(), pooled_width=8),
+        "gradient_penalty": 0.5,
+        "caption_mean_weight": 0.0,
+        "optimizer": MUON,
+        "warmup_steps": 0,
+        "cooldown": 0.0,
+        "max_steps": 100,
+        "seed": 0,
+    }
+    return GANModel(**settings | changes)
+
+
+def vae_model(**changes: Any) -> VAEModel:
+    settings: dict[str, Any] = {
+        "network": Variational(pyramid(), noise_width=4, pooled_width=8),
+        "conditioner": text(),
+        "caption_mean_weight": 0.0,
+        "optimizer": MUON,
+        "warmup_steps": 0,
+        "cooldown": 0.0,
+        "max_steps": 100,
+        "seed": 0,
+    }
+    return VAEModel(**settings | changes)
 
 
 def language_model(objective: str, max_length: int = 12) -> LanguageModel:

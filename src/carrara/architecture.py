@@ -16,6 +16,8 @@ from carrara.data.buckets import bucket_sizes
 from carrara.errors import UserError
 from carrara.model.base import Model
 from carrara.network.conditioning import Conditioning
+from carrara.network.generator import Generator
+from carrara.network.variational import Variational
 
 
 def meta_modules(config: Config) -> tuple[dict[str, nn.Module], Model]:
@@ -40,27 +42,29 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], Model]:
 
 
 def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
-    """Calls a noise predictor, or a network that restores, once on shapes without numbers.
+    """Calls a noise predictor, a network that restores, or a generator once on shapes without numbers.
 
     Args:
         config: of the run.
         modules: of `meta_modules`.
 
     Raises:
-        UserError: it does not fit the latents, or the conditioner's tokens.
+        UserError: it does not fit the latents or pictures, or the conditioner's tokens.
     """
     if "corruption" in config:
         autoencoder: nn.Module = Identity()  # pictures are restored as they are
     elif "diffusion" in config and "autoencoder" in modules:
         autoencoder = modules["autoencoder"]
     else:
+        if isinstance(modules.get("network"), Generator | Variational):
+            _check_generator(config, modules)
         return
     network, conditioner = modules["network"], modules["conditioner"]
     assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
     data, width = config["data"], conditioner.width
     for height_px, width_px in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):
         shape = autoencoder.latent_shape(height_px, width_px)
-        problem = _problem(network, shape, width)
+        problem = _problem(network, (shape, ()), shape, width)
         if problem is None:
             continue
         if height_px == width_px:
@@ -74,14 +78,31 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _problem(network: nn.Module, shape: tuple[int, ...], width: int) -> str | None:
-    """Why it does not answer latents of this shape, told with captions of this width, with as much."""
+def _check_generator(config: Config, modules: Mapping[str, nn.Module]) -> None:
+    network, conditioner, data = modules["network"], modules["conditioner"], config["data"]
+    assert isinstance(network, Generator | Variational) and isinstance(conditioner, Conditioner)
+    if data["bucket_aspect"] != 1:
+        raise UserError(f"data.bucket_aspect: model={config['name']} makes square pictures; leave it 1.0")
+    side, width = data["resolution"], conditioner.width
+    problem = _problem(network, (network.noise_shape,), (3, side, side), width)
+    if problem is not None:
+        raise UserError(
+            f"network: it does not fit pictures of {side} × {side} and captions of width {width} ({problem}); "
+            "pyramid.resolution, pyramid.context_width and pooled_width follow from them and need not be given"
+        )
+
+
+def _problem(network: nn.Module, inputs: tuple[tuple[int, ...], ...], shape: tuple[int, ...], width: int) -> str | None:
+    """Why it does not answer inputs of these shapes, told with captions of this width, with `shape`; None if it does.
+
+    All shapes are of one sample.
+    """
     with torch.device("meta"):
         mask = torch.ones(1, 2, dtype=torch.bool)
         texts = Conditioning(torch.empty(1, 2, width), mask, torch.empty(1, width))
         conditioning = texts.with_picture(torch.empty(1, 3, *shape[1:]), torch.empty(1))  # for networks that take one
         try:
-            answer = tuple(network(torch.empty(1, *shape), torch.empty(1), conditioning).shape[1:])
+            answer = tuple(network(*(torch.empty(1, *one) for one in inputs), conditioning).shape[1:])
         except (RuntimeError, ValueError) as mistake:
             return str(mistake).partition("\n")[0].rstrip(".")
     return None if answer == shape else f"it answers with {answer}"

@@ -32,7 +32,7 @@ from carrara.start import begin
 
 _HOPELESS = 1000.0  # sigma / alpha; the linear schedule of DDPM begins at 157, Stable Diffusion's at 15
 ARCHITECTURES = (
-    "network", "conditioner", "language_model", "autoencoder", "clip", "evaluator", "classifier"
+    "network", "discriminator", "conditioner", "language_model", "autoencoder", "clip", "evaluator", "classifier"
 )  # fmt: skip
 """In the order in which a plan shows them."""
 
@@ -255,7 +255,7 @@ def load_trained(
     """
     config = load_config(folder)
     if classifier is not None:
-        if "diffusion" not in config:
+        if "pipeline" not in config:
             raise UserError(f"{config['name']} samples nothing: leave part.classifier out")
         config["part"]["classifier"] = classifier
     if checkpoint is None and is_finished(folder):

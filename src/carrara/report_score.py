@@ -125,6 +125,11 @@ SCORES: dict[str, Score] = {
     ),
     "text_cosine": Score("Captions, cosine", "The same of the captions' embeddings: what there is to beat."),
     "shuffled_cosine": Score("Other captions, cosine", "The same of the prior's embeddings of other captions."),
+    "bits_per_dim": Score(
+        "Bits a dimension",
+        "A bound on what storing a held-out picture costs, for each of its values; 8 without any model.",
+        better="lower",
+    ),
     "fid_inception": _frechet("FID (Inception)", "Inception features. 0 is equal", few=10_000),
     "fd_evaluator": _frechet("Fréchet distance", "our evaluator's features. Not an FID", few=2_000),
     "fd_evaluator_bicubic": _frechet("Fréchet distance, bicubic", "the same of bicubic enlargement", few=2_000),

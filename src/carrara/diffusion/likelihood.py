@@ -78,7 +78,7 @@ def gaussian(x0: Tensor, mean: Tensor, std: float) -> Tensor:
     return -((x0 - mean).double() / std).square() / 2 - math.log(std * math.sqrt(2 * math.pi))
 
 
-def discretized_gaussian(x0: Tensor, mean: Tensor, std: float) -> Tensor:
+def discretized_gaussian(x0: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
     """log of the Gaussian's mass on the level that x0 is one of 256 of (Ho et al. 2020, eq. 13).
 
     The levels lie 2/255 apart in [-1, 1]; the mass beyond belongs to the first and the last.

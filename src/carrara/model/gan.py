@@ -1,0 +1,111 @@
+"""Training a generator against a discriminator."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from carrara.conditioner.base import Conditioner
+from carrara.model.base import Model, OptimizerFactory
+from carrara.model.conditioned import Conditioned
+from carrara.network.caption_mean import CaptionMean
+from carrara.network.generator import Generator
+
+Judge = Callable[[Tensor], Tensor]  # pictures (B, 3, R, R) -> logits (B,)
+
+
+class GANModel(Model):
+    """R3GAN (Huang et al. 2024, "The GAN is dead; long live the GAN! A modern baseline GAN"), told the captions.
+
+    Both players learn in one step by one optimizer, as in `AutoencoderModel`: the discriminator's loss sees detached
+    pictures, the generator's a detached copy of the discriminator's weights. The conditioner is the generator's: the
+    discriminator reads what it says and does not train it. A real and a generated picture of one caption are
+    compared, so that their difference is in what the caption leaves open, or in what the generator gets wrong of it.
+
+    In validation there is no loss: what two players lose to each other does not say how good either is.
+
+    Args:
+        network: the generator, network(noise, conditioning) -> pictures, with a `noise_shape`.
+        conditioner: captions -> Conditioning, trained along unless it is frozen.
+        discriminator: pictures, conditioning -> logits (B,).
+        gradient_penalty: γ of the penalties R1 and R2.
+        caption_mean_weight: of the error of `CaptionMean`, from which the text learns its words; 0 builds none.
+        optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
+    """
+
+    kind = "generator"
+
+    def __init__(
+        self,
+        network: Generator,
+        conditioner: Conditioner,
+        discriminator: nn.Module,
+        gradient_penalty: float,
+        caption_mean_weight: float,
+        optimizer: OptimizerFactory,
+        warmup_steps: int,
+        cooldown: float,
+        max_steps: int,
+        seed: int,
+    ):
+        super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
+        self.generator = Conditioned(network, conditioner)
+        self.noise_shape = network.noise_shape
+        self.discriminator = discriminator
+        self.gradient_penalty = gradient_penalty
+        self.caption_mean_weight = caption_mean_weight
+        self.caption_mean = CaptionMean(3, conditioner.width) if caption_mean_weight else None
+
+    @property
+    def hot(self) -> list[nn.Module]:
+        return [self.generator.network]  # the discriminator is differentiated twice, which compiled code is not
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        return ()
+
+    def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
+        if u is not None:
+            return {}
+        real = self.images(batch)
+        conditioning = self.generator.conditioner(batch["captions"])
+        noise = self.normal(batch, "noise", self.noise_shape)
+        fake = self.generator.network(noise, conditioning).float()
+        told = conditioning.detach()
+        with torch.autocast(fake.device.type, enabled=False):
+            losses = discriminator_losses(lambda x: self.discriminator(x, told), real, fake.detach())
+        still = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        on_fake = torch.func.functional_call(self.discriminator, still, (fake, told)).float()
+        losses["generator"] = F.softplus(losses.pop("on_real") - on_fake).mean()
+        loss = losses["generator"] + losses["discriminator"] + self.gradient_penalty / 2 * losses["penalty"]
+        if self.caption_mean is not None:
+            losses["caption_mean"] = self.caption_mean.squared_error(conditioning, real).mean()
+            loss = loss + self.caption_mean_weight * losses["caption_mean"]
+        return {"loss": loss} | losses
+
+
+def discriminator_losses(judge: Judge, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """What the discriminator pays.
+
+    Args:
+        judge: the discriminator; float32, differentiable twice.
+        real: (B, 3, R, R).
+        fake: (B, 3, R, R) without a gradient, paired with the real ones.
+
+    Returns:
+        `discriminator`, softplus(D(fake) − D(real)) (Jolicoeur-Martineau 2019; Huang et al. 2024, eq. 2);
+        `penalty`, E|∇D(real)|² + E|∇D(fake)|², R1 and R2 without γ/2 (eq. 3); and `on_real`, D(real) (B,) without a
+        gradient.
+    """
+    real, fake = real.clone().requires_grad_(), fake.clone().requires_grad_()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no second derivative
+        on_real, on_fake = judge(real), judge(fake)
+        slopes = torch.autograd.grad((on_real + on_fake).sum(), (real, fake), create_graph=True)
+    return {
+        "discriminator": F.softplus(on_fake - on_real).mean(),
+        "penalty": torch.stack([slope.square().flatten(1).sum(1).mean() for slope in slopes]).sum(),
+        "on_real": on_real.detach(),
+    }

@@ -1,0 +1,31 @@
+"""From a picture and a caption to one logit."""
+
+import math
+
+from torch import Tensor, nn
+
+from carrara.network.conditioning import Conditioning
+from carrara.network.pyramid import Pyramid, Tower
+
+
+class Discriminator(nn.Module):
+    """Pictures (B, 3, R, R), conditioning -> logits (B,), high for real pictures of their captions.
+
+    The caption is read by the levels' attention, and its pooled vector projects the features (Miyato & Koyama 2018,
+    "cGANs with projection discriminator", eq. 4).
+
+    Args:
+        pyramid: its levels.
+        pooled_width: features of the conditioning's pooled vector.
+    """
+
+    def __init__(self, pyramid: Pyramid, pooled_width: int):
+        super().__init__()
+        self.tower = Tower(pyramid)
+        self.out = nn.Linear(pyramid.features, 1)
+        self.project = nn.Linear(pooled_width, pyramid.features)
+
+    def forward(self, images: Tensor, conditioning: Conditioning) -> Tensor:
+        features = self.tower(images, conditioning)
+        matching = (features * self.project(conditioning.pooled)).sum(1) / math.sqrt(features.shape[1])
+        return self.out(features).squeeze(1) + matching

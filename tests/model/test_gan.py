@@ -1,0 +1,241 @@
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carrara.conditioner.text import Unconditional
+from carrara.model.gan import GANModel, discriminator_losses
+from carrara.network.conditioning import Conditioning
+from tests.tiny import SGD, batch, batches, equal, gan_model, trainer, weights
+
+# --- the losses of a discriminator ---
+
+
+def test_a_linear_discriminators_losses_in_closed_form():
+    """D(x) = w·x + b: both penalties are |w|², and b cancels."""
+    w, b = torch.randn(12, dtype=torch.float64, requires_grad=True), torch.tensor(3.0, dtype=torch.float64)
+    real, fake = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    losses = discriminator_losses(lambda x: x.flatten(1) @ w + b, real, fake)
+    difference = (fake - real).flatten(1) @ w
+    torch.testing.assert_close(losses["discriminator"], torch.log1p(difference.exp()).mean())
+    torch.testing.assert_close(losses["penalty"], 2 * w.square().sum())
+    torch.testing.assert_close(losses["on_real"], real.flatten(1) @ w.detach() + b)
+    (slope,) = torch.autograd.grad(losses["penalty"], w)
+    torch.testing.assert_close(slope, 4 * w)  # differentiable itself
+
+
+def test_a_quadratic_discriminators_penalties_are_each_samples_own():
+    """D(x) = a|x|²/2: |∇D|² = a²|x|², of the real and of the generated pictures alike."""
+    a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    real, fake = torch.randn(4, 6, dtype=torch.float64), 3 * torch.randn(4, 6, dtype=torch.float64)
+    losses = discriminator_losses(lambda x: a * x.square().sum(1) / 2, real, fake)
+    moments = real.square().sum(1).mean() + fake.square().sum(1).mean()
+    torch.testing.assert_close(losses["penalty"], a**2 * moments)
+    (slope,) = torch.autograd.grad(losses["penalty"], a)
+    torch.testing.assert_close(slope, 2 * a * moments)
+
+
+def test_pictures_that_pay_are_not_changed():
+    real, fake = torch.randn(2, 3), torch.randn(2, 3)
+    discriminator_losses(lambda x: x.square().sum(1), real, fake)
+    assert not real.requires_grad and not fake.requires_grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_penalty_of_the_real_network_is_that_of_finite_differences(autocast: bool):
+    """In float32 with attention, under bfloat16 autocast too: the directional derivative of every logit."""
+    model, one = gan_model(), batch(range(3))
+    for parameter in model.discriminator.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        penalty = model.loss(one)["penalty"]
+        noise = model.normal(one, "noise", (4,))
+        told = model.generator.conditioner(one["captions"])
+        fake = model.generator.network(noise, told).float().detach()
+    judge, total = model.discriminator.double(), 0.0
+    steps = 1e-5 * torch.eye(192, dtype=torch.float64).view(192, 3, 8, 8)
+    for pictures in (model.images(one).double(), fake.double()):
+        for k, picture in enumerate(pictures):
+            told_k = Conditioning(
+                *(
+                    x[k : k + 1].expand(192, *x.shape[1:])
+                    for x in (told.tokens.double(), told.mask, told.pooled.double())
+                )
+            )
+            slope = (judge(picture + steps, told_k) - judge(picture - steps, told_k)) / 2e-5
+            total += slope.square().sum().item() / len(pictures)
+    assert penalty.item() == pytest.approx(total, rel=2e-2 if autocast else 1e-3)
+    judge.float()
+    penalty.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- two players, one step ---
+
+
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
+
+
+def test_the_loss_is_that_of_both_players():
+    model, one = gan_model(gradient_penalty=0.3), batch(range(4))
+    losses = model.loss(one)
+    conditioning = model.generator.conditioner(one["captions"])
+    fake = model.generator.network(model.normal(one, "noise", (4,)), conditioning)
+    on_real = model.discriminator(model.images(one), conditioning)
+    on_fake = model.discriminator(fake, conditioning)
+    torch.testing.assert_close(losses["generator"], F.softplus(on_real - on_fake).mean())
+    torch.testing.assert_close(losses["discriminator"], F.softplus(on_fake - on_real).mean())
+    total = losses["generator"] + losses["discriminator"] + 0.15 * losses["penalty"]
+    torch.testing.assert_close(losses["loss"], total)
+
+
+def test_each_player_learns_from_its_own_loss_alone():
+    model, one = gan_model(optimizer=SGD), batch(range(4))
+    for name, player, other in (
+        ("generator", model.generator, model.discriminator),
+        ("discriminator", model.discriminator, model.generator),
+        ("penalty", model.discriminator, model.generator),
+    ):
+        model.zero_grad()
+        model.loss(one)[name].backward()
+        assert any(g.any() for g in gradients(player)), name
+        assert not any(g.any() for g in gradients(other)), name
+
+
+def test_the_generators_gradient_raises_the_logits_of_its_pictures():
+    model, one = gan_model(optimizer=SGD), batch(range(8))
+
+    def logits() -> Tensor:
+        conditioning = model.generator.conditioner(one["captions"])
+        fake = model.generator.network(model.normal(one, "noise", (4,)), conditioning)
+        return model.discriminator(fake, conditioning).mean()
+
+    before = logits()
+    model.loss(one)["generator"].backward()
+    with torch.no_grad():
+        for parameter in model.generator.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(0.1 * parameter.grad)
+    assert logits() > before
+
+
+def test_the_noise_belongs_to_the_sample():
+    model = gan_model()
+    alone = [float(model.loss(batch([k]))["generator"].detach()) for k in (4, 9)]
+    assert model.loss(batch([4, 9]))["generator"].item() == pytest.approx(sum(alone) / 2, rel=1e-5)
+    moved = batch([4])
+    moved["positions"] += 1
+    assert model.loss(moved)["generator"].item() != alone[0]
+
+
+def test_validation_has_no_loss():
+    model = gan_model()
+    assert model.loss(batch(range(2)), torch.zeros(2)) == {} and model.loss_names == ()
+
+
+def test_the_captions_mean_teaches_the_text_and_no_player():
+    model, one = gan_model(caption_mean_weight=2.0, optimizer=SGD), batch(range(4))
+    losses = model.loss(one)
+    plain = losses["generator"] + losses["discriminator"] + 0.25 * losses["penalty"]
+    torch.testing.assert_close(losses["loss"], plain + 2 * losses["caption_mean"])
+    losses["caption_mean"].backward()
+    assert any(g.any() for g in gradients(model.generator.conditioner))
+    for player in (model.generator.network, model.discriminator):
+        assert not any(g.any() for g in gradients(player))
+
+
+def test_a_batch_is_one_step_of_both_players(tmp_path):
+    model = gan_model(caption_mean_weight=1.0)
+    before = weights(model)
+    run = trainer(tmp_path, max_steps=2, precision="bf16-mixed")
+    run.fit(model, batches(2))
+    assert run.global_step == 2
+    after = weights(model)
+    for part in ("generator.network.", "generator.conditioner.", "discriminator.", "caption_mean."):
+        names = [name for name in before if name.startswith(part) and before[name].is_floating_point()]
+        assert names and not equal(before, after, names)
+
+
+# --- it learns a distribution ---
+
+
+class Points(GANModel):
+    """Two-dimensional points instead of pictures."""
+
+    def images(self, batch: dict[str, Any]) -> Tensor:
+        return batch["images"]
+
+
+class PointGenerator(nn.Module):
+    noise_shape = (4,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp(4, 2)
+
+    def forward(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.layers(noise)
+
+
+class PointDiscriminator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp(2, 1)
+
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.layers(x).squeeze(1)
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, outputs)
+    )
+
+
+def ring(count: int, generator: torch.Generator) -> Tensor:
+    """(count, 2): eight Gaussians of standard deviation 0.05 on the unit circle."""
+    angles = 2 * math.pi / 8 * torch.randint(8, (count,), generator=generator)
+    return torch.stack([angles.cos(), angles.sin()], 1) + 0.05 * torch.randn(count, 2, generator=generator)
+
+
+@pytest.mark.slow
+def test_all_modes_of_a_mixture_are_found():
+    """Eight modes, each within a factor of two of its share, and few points far from all of them."""
+    generator = torch.Generator().manual_seed(0)
+    model = Points(
+        PointGenerator(),  # type: ignore[arg-type]
+        Unconditional(8),
+        PointDiscriminator(),
+        gradient_penalty=0.1,
+        caption_mean_weight=0.0,
+        optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3, betas=(0.0, 0.99)),
+        warmup_steps=0,
+        cooldown=0.5,
+        max_steps=2000,
+        seed=0,
+    )
+    configured = model.configure_optimizers()
+    optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+
+    def steps() -> Iterator[dict[str, Any]]:
+        for step in range(2000):
+            positions = torch.arange(128 * step, 128 * (step + 1))
+            yield {"images": ring(128, generator), "captions": [""] * 128, "positions": positions}
+
+    for one in steps():
+        optimizer.zero_grad()
+        model.loss(one)["loss"].backward()
+        optimizer.step()
+        scheduler.step()
+    with torch.no_grad():
+        made = model.generator.network(torch.randn(4000, 4, generator=generator), model.generator.conditioner([""]))
+    modes = torch.stack([torch.tensor([math.cos(a), math.sin(a)]) for a in torch.arange(8) * 2 * math.pi / 8])
+    distance, nearest = torch.cdist(made, modes).min(1)
+    share = torch.bincount(nearest[distance < 0.2], minlength=8) / len(made)
+    assert share.min() > 0.125 / 2 and share.max() < 0.125 * 2
+    assert share.sum() > 0.7
