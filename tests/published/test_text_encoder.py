@@ -12,7 +12,7 @@ from carrara.conditioner.pretrained import Pretrained
 from carrara.errors import UserError
 from tests.published.pipelines import LENGTH, WIDTH, relative_error, text_encoder, tokenizer
 
-CAPTIONS = ["a red disc above a blue square, by the sea", "stone", ""]
+CAPTIONS = ["a red disc above a blue square by the sea", "stone", ""]
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "Stable Diffusion 1": {
