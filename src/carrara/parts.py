@@ -26,7 +26,11 @@ _INTERFACE = {  # what the network is built to fit
     "language_model": ("width", "max_length"),
 }
 
-_KINDS = {"small_pictures": "noise_predictor", "prior": "noise_predictor", "clip": "evaluator"}
+_KINDS = {
+    "small_pictures": ("noise_predictor",),
+    "prior": ("noise_predictor", "generator"),  # diffusion, autoregression
+    "clip": ("evaluator",),
+}
 _SHARED = {  # settings that a part has from the run that needs it, besides its own architecture's
     "small_pictures": ("conditioner", "language_model", "part.language_model"),  # captions are read alike
     "prior": ("clip", "part.clip"),
@@ -57,9 +61,9 @@ class Part:
         return self.folder is not None and (self.folder / CARD).is_file()
 
 
-def kind_of(part: str) -> str:
-    """Of the component that a part's name asks for."""
-    return _KINDS.get(part, part)
+def kinds_of(part: str) -> tuple[str, ...]:
+    """What kinds of component a part's name asks for: one, except where several models can be it."""
+    return _KINDS.get(part, (part,))
 
 
 def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | None) -> list[Part]:
@@ -130,7 +134,7 @@ def find_component(reference: str, kind: str, runs_dir: Path) -> Path:
     for base in (Path(reference), runs_dir / "components" / reference):
         for folder in (base, run_folder.component_folder(base)):
             if (folder / CARD).is_file():
-                read_component(folder, kind_of(kind))
+                read_component(folder, *kinds_of(kind))
                 if kind in STAGES and not run_folder.is_run(folder.parent):
                     raise UserError(f"part.{kind}={reference} is a component alone; name its run, which samples it")
                 return folder
@@ -153,7 +157,7 @@ def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
     config = composed.config
     nodes: dict[str, Any] = {key: config[key] for key in ("data", "runs_dir", "logger") if key in config}
     if kind in config:
-        nodes[kind_of(kind)] = config[kind]
+        nodes[kinds_of(kind)[0]] = config[kind]
     for key in _SHARED.get(kind, ()):
         value = config
         for name in key.split("."):
@@ -191,7 +195,7 @@ def _content_of(part: Part) -> str:
 
 
 def _check_interface(kind: str, folder: Path, config: Mapping[str, Any]) -> None:
-    component, node = read_component(folder, kind).config, config.get(kind) or {}
+    component, node = read_component(folder, *kinds_of(kind)).config, config.get(kind) or {}
     for key in _INTERFACE.get(kind, ()):
         theirs, ours = component.get(key), node.get(key)
         if theirs is not None and ours is not None and theirs != ours:

@@ -93,5 +93,5 @@ def test_impossible_settings(components, buckets, says):
 
 def test_too_few_pictures_are_a_clear_error():
     made = EmbeddingTokens(WIDTH, COMPONENTS, BUCKETS)
-    with pytest.raises(UserError, match="network.num_components=5 cannot be found in 5 pictures"):
+    with pytest.raises(UserError, match=r"network\.num_components=5 cannot be found in 5 pictures"):
         made.measure(embeddings(5))
