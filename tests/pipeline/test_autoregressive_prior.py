@@ -14,7 +14,8 @@ from tests.tiny import CAPTIONS
 def made() -> AutoregressivePrior:
     torch.manual_seed(0)
     made = autoregressive_prior()
-    torch.nn.init.normal_(made.model.network.project_out.weight, std=0.5)  # some buckets are likelier than others
+    for parameter in made.model.network.project_out.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # some buckets are likelier than others
     return made
 
 

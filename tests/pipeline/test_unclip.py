@@ -86,7 +86,7 @@ def test_a_prior_of_another_clip_is_refused(autoregressive):
 def test_what_is_no_prior_is_refused():
     made = unclip()
     with pytest.raises(ValueError, match=r"part\.prior makes no embeddings"):
-        replace(made, prior=made)
+        replace(made, prior=made)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("autoregressive", [False, True])
