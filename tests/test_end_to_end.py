@@ -448,6 +448,30 @@ def test_dalle_learns_tokens_and_is_sampled_in_its_own_way(workplace: tuple[Path
 
 
 @pytest.mark.slow
+def test_dalle2_takes_an_autoregressive_prior(workplace: tuple[Path, Path]) -> None:
+    """The components are measured, the prior exported and read again with them; the CLIP of both is found by itself."""
+    cwd, _ = workplace
+    sizes = {"width": "16", "depth": "1", "num_components": "4", "batch_size": "8", "max_steps": "2"}
+    tiny = [f"size.autoregressive_prior.{key}={value}" for key, value in sizes.items()]
+    done = run("train.py", "model=autoregressive_prior", *TINY, *tiny, cwd=cwd)
+    assert done.returncode == 0 and "training the clip first" in done.stderr, done.stderr
+    (prior,) = (cwd / "runs" / "autoregressive_prior-shapes").iterdir()
+    assert json.loads((prior / "component" / "card.json").read_text())["kind"] == "generator"
+    assert load_file(prior / "component" / "weights.safetensors")["network.tokens.components"].shape == (4, 16)
+    assert last(prior, "val/quantised_cosine") > last(prior, "val/prior_cosine") > -1
+    tiny = ["size.dalle2.channels=[16]", "size.dalle2.batch_size=8", "size.dalle2.max_steps=2", f"part.prior={prior}"]
+    done = run("train.py", "model=dalle2", *TINY, *tiny, cwd=cwd)
+    assert done.returncode == 0 and "training the" not in done.stderr, done.stderr
+    (folder,) = (cwd / "runs" / "dalle2-shapes").iterdir()
+    assert last(folder, "val/clip_score") == last(folder, "val/clip_score")  # there, and not NaN
+    out = cwd / "by_autoregression"
+    done = run("generate.py", f"run={folder}", "prompt=a red circle", "count=2", f"out={out}", cwd=cwd)
+    assert done.returncode == 0 and Image.open(out / "grid.png").size == (64, 32), done.stderr
+    done = run("generate.py", f"run={prior}", "prompt=a red circle", cwd=cwd)
+    assert done.returncode == 2 and "makes no pictures" in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["masked", "causal"])
 def test_a_language_model_is_trained_first_and_reads_the_captions(workplace: tuple[Path, Path], objective: str) -> None:
     cwd, _ = workplace

@@ -3,11 +3,14 @@ from pathlib import Path
 
 import pytest
 
+from carrara.build import exported_config
 from carrara.component import save_component
 from carrara.config import Composed, build, compose
 from carrara.errors import UserError
 from carrara.parts import Part, find_component, in_order, needed_parts, train_missing, with_parts
+from carrara.run_folder import save_config
 
+CONF = Path(__file__).parents[1] / "conf"
 NODE = {
     "_target_": "carrara.autoencoder.kl.KL",
     "latent_channels": 3,
@@ -66,6 +69,32 @@ def test_a_part_of_another_kind_is_refused(run):
         find_component(str(run), "evaluator", Path("runs"))
 
 
+STAGE = {  # small, and of a class that the kind may be of
+    "noise_predictor": ("prior", "model=prior"),
+    "generator": ("prior", "model=autoregressive_prior"),
+    "evaluator": ("clip", "model=clip"),
+}
+
+
+@pytest.mark.parametrize("kind", STAGE)
+def test_a_part_may_be_named_otherwise_than_its_kind(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    name, model = STAGE[kind]
+    config = compose(CONF, "train", [model, "size=demo"]).config
+    node = config["evaluator"] if kind == "evaluator" else exported_config(config, kind)
+    save_component(Path("run/component"), kind, node, build(node), {"fingerprint": "", "data": {}, "scores": {}})
+    save_config(Path("run"), config)
+    [part] = needed_parts(Path(), Composed({"runs_dir": "runs", "part": {name: "run"}}, {}), None)
+    assert part.folder == Path("run/component") and part.kind == name
+    with pytest.raises(UserError, match=f"of kind {kind}, where kind autoencoder is needed"):
+        find_component("run", "autoencoder", Path("runs"))
+
+
+def test_a_part_that_several_models_can_be_names_all_their_kinds(run):
+    with pytest.raises(UserError, match="of kind autoencoder, where kind noise_predictor or generator is needed"):
+        find_component(str(run), "prior", Path("runs"))
+
+
 @pytest.mark.parametrize(
     ("key", "number"), [("latent_channels", 4), ("downsampling", 8)]
 )  # of the run's network; the part has 3 and 2
@@ -85,7 +114,6 @@ def test_a_part_with_another_number_of_codes_is_refused(tmp_path, monkeypatch):
         needed_parts(CONF, Composed(config, {}), None)
 
 
-CONF = Path(__file__).parents[1] / "conf"
 READS_ONE = ["model=pixel_unet", "conditioner=language_model", "part.evaluator=null", "data=laion", "size=demo"]
 
 

@@ -24,7 +24,7 @@ from carrara.diffusion.thresholding import Unbounded
 from carrara.errors import UserError
 from carrara.model.base import Model
 from carrara.model.denoising import DenoisingModel
-from carrara.parts import STAGES, kind_of
+from carrara.parts import STAGES, kinds_of
 from carrara.pipeline.base import Pipeline
 from carrara.pipeline.denoising import Sampling
 from carrara.run_folder import component_folder, is_finished, load_config
@@ -98,7 +98,7 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
         if name == "language_model" and reference is not None:
             continue  # the conditioner has read it
         if reference is not None:
-            modules[name] = load_component(Path(reference), kind_of(name))[0].requires_grad_(False)
+            modules[name] = load_component(Path(reference), *kinds_of(name))[0].requires_grad_(False)
         elif isinstance(config.get(name), Mapping):
             modules[name] = build(_node(config, name))
     node = config["model"]

@@ -87,8 +87,8 @@ def save_component(
     return Component(folder, kind, dict(config), whole)
 
 
-def read_component(folder: Path, kind: str | None = None) -> Component:
-    """Reads config and card, and checks kind and targets.
+def read_component(folder: Path, *kinds: str) -> Component:
+    """Reads config and card, and checks targets and, where `kinds` are named, that it is of one of them.
 
     Raises:
         UserError: not a component, of another kind, made of classes that are not ours, or with an interpolation.
@@ -100,15 +100,15 @@ def read_component(folder: Path, kind: str | None = None) -> Component:
         raise UserError(f"{folder} is no component: it has no {CARD}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / CARD} is damaged: export the component again") from None
-    if kind is not None and found != kind:
-        raise UserError(f"{folder} is a component of kind {found}, where kind {kind} is needed")
+    if kinds and found not in kinds:
+        raise UserError(f"{folder} is a component of kind {found}, where kind {' or '.join(kinds)} is needed")
     config = load_yaml(folder / CONFIG)
     refuse_interpolations(config, f"{folder / CONFIG}: ")
     check_packages(config, found)
     return Component(folder, found, config, card)
 
 
-def load_component(folder: Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
+def load_component(folder: Path, *kinds: str) -> tuple[nn.Module, dict[str, Any]]:
     """Builds a component and fills it; the module comes back on the CPU, in evaluation mode, with its card.
 
     Raises:
@@ -116,7 +116,7 @@ def load_component(folder: Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
     """
     from torch import nn
 
-    component = read_component(folder, kind)
+    component = read_component(folder, *kinds)
     state = read_weights(component)
     module = build(component.config)
     assert isinstance(module, nn.Module)

@@ -33,7 +33,11 @@ _INTERFACE = {  # what the network is built to fit
     "language_model": ("width", "max_length"),
 }
 
-_KINDS = {"small_pictures": "noise_predictor", "prior": "noise_predictor", "clip": "evaluator"}
+_KINDS = {
+    "small_pictures": ("noise_predictor",),
+    "prior": ("noise_predictor", "generator"),  # diffusion, autoregression
+    "clip": ("evaluator",),
+}
 _SHARED = {  # settings that a part has from the run that needs it, besides its own architecture's
     "small_pictures": ("conditioner", "language_model", "part.language_model"),  # captions are read alike
     "prior": ("clip", "part.clip"),
@@ -70,9 +74,9 @@ class Part:
         return self.folder is not None and (self.folder / CARD).is_file()
 
 
-def kind_of(part: str) -> str:
-    """Of the component that a part's name asks for."""
-    return _KINDS.get(part, part)
+def kinds_of(part: str) -> tuple[str, ...]:
+    """What kinds of component a part's name asks for: one, except where several models can be it."""
+    return _KINDS.get(part, (part,))
 
 
 def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | None) -> list[Part]:
@@ -191,7 +195,7 @@ def _named(reference: str, kind: str, runs_dir: Path) -> tuple[Part, Config]:
     """A part with the node that it is built from; nothing is written."""
     folder = _component(reference, runs_dir)
     if folder is not None:
-        config = read_component(folder, kind_of(kind)).config
+        config = read_component(folder, *kinds_of(kind)).config
         if kind in STAGES and not run_folder.is_run(folder.parent):
             raise UserError(f"part.{kind}={reference} is a component alone; name its run, which samples it")
         return Part(kind, folder), config
@@ -240,9 +244,9 @@ def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
     config = composed.config
     nodes: dict[str, Any] = {key: config[key] for key in ("data", "runs_dir", "logger") if key in config}
     if kind in config:
-        nodes[kind_of(kind)] = config[kind]
+        nodes[kinds_of(kind)[0]] = config[kind]
     for key in _SHARED.get(kind, ()):
-        value = config
+        value: Any = config
         for name in key.split("."):
             value = (value or {}).get(name)
         if value is not None:

@@ -123,6 +123,9 @@ SCORES: dict[str, Score] = {
         "Between the prior's embeddings and the pictures' own; 1 is the same direction.",
         better="higher",
     ),
+    "quantised_cosine": Score(
+        "Tokens, cosine", "The same of the pictures' embeddings once they are tokens: the most that can be had."
+    ),
     "text_cosine": Score("Captions, cosine", "The same of the captions' embeddings: what there is to beat."),
     "shuffled_cosine": Score("Other captions, cosine", "The same of the prior's embeddings of other captions."),
     "bits_per_dim": Score(

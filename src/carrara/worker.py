@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from carrara.build import build_model, build_scores, exported_config, usable_cache
 from carrara.callback.checkpoint import Checkpoints, best_score, retention
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
+from carrara.callback.components import MeasureComponents
 from carrara.callback.ema import EMA
 from carrara.callback.evaluation import Evaluation
 from carrara.callback.export import Export
@@ -48,7 +49,7 @@ from carrara.start import begin
 _log = logging.getLogger("carrara.worker")  # by name: this module runs as __main__
 
 _VOCABULARY_CAPTIONS = 1_000_000  # more add nothing to a vocabulary
-_MEASURED_IMAGES = 4096  # for the latents' mean and standard deviation
+_MEASURED_IMAGES = 4096  # for the latents' mean and standard deviation, and the components of embeddings
 
 
 def run(folder: Path) -> None:
@@ -152,6 +153,7 @@ def _callbacks(
     return [
         Inputs(data, parts),
         LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS)),
+        MeasureComponents(images),
         ema,
         guard,
         Progress(settings["log_steps"], batch_size, evaluation, node["headline"], guard),

@@ -18,7 +18,7 @@ from tests.tiny import batch, clip, objective, sampling, setting
 def test_who_believes_the_small_picture_scores_as_bicubic_does(tmp_path):
     made = model(network=Believes(), objective=objective(parameterization=X0())).eval()
     how = sampling(Euler(), 1.0, 2)
-    score = Enlargement(lambda model: SuperResolution(model, 8, how, 0.0), 0, 6, 4, 3, clip().eval(), None)
+    score = Enlargement(lambda model: SuperResolution(made, 8, how, 0.0), 0, 6, 4, 3, clip().eval(), None)
     scores = score(made, setting(16, samples_dir=tmp_path))
     images = batch(range(0, 12, 2))["images"]
     bicubic = to_uint8(enlarge(shrink(images.float() / 127.5 - 1, 2), 2).clamp(-1, 1))
@@ -33,6 +33,6 @@ def test_who_believes_the_small_picture_scores_as_bicubic_does(tmp_path):
 def test_noise_on_the_small_picture_is_seen_in_the_score():
     made = model(network=Believes(), objective=objective(parameterization=X0())).eval()
     how = sampling(Euler(), 1.0, 2)
-    noised = Enlargement(lambda model: SuperResolution(model, 8, how, 0.5), 0, 6, 6, 3, None, None)
+    noised = Enlargement(lambda model: SuperResolution(made, 8, how, 0.5), 0, 6, 6, 3, None, None)
     scores = noised(made, setting(16))
     assert scores["val/psnr"] < scores["val/psnr_bicubic"] - 1

@@ -7,9 +7,10 @@ from tests.dalle2 import unclip
 from tests.tiny import CAPTIONS, batch, setting
 
 
+@pytest.mark.parametrize("autoregressive", [False, True])
 @torch.no_grad()
-def test_cosines_are_those_of_the_pictures_own_embeddings():
-    made = unclip().prior
+def test_cosines_are_those_of_the_pictures_own_embeddings(autoregressive):
+    made = unclip(autoregressive).prior
     model = made.model
     scores = PriorScore(lambda model: made, seed=0, num_images=6, batch_size=6)(model, setting(20))
     rows = batch(range(0, 12, 2))  # the held-out ones

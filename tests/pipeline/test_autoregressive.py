@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_the_temperature_is_that_of_the_distribution():
     """A single token of many pictures against softmax(logits / temperature)."""
     made = pipeline(temperature=0.5)
     logits = torch.tensor([1.0, 0.0, -0.5, 0.7]).expand(4000, -1)
-    found = torch.bincount(made._choose(0, torch.arange(4000), 0)(logits, 0), minlength=4) / 4000
+    found = torch.bincount(made.draw.chooser(0, torch.arange(4000), "")(logits, 0), minlength=4) / 4000
     torch.testing.assert_close(found, (logits[0] / 0.5).softmax(0), atol=0.03, rtol=0)
 
 
@@ -97,20 +98,21 @@ def test_guidance_of_one_is_off_and_of_zero_the_empty_caption():
     plain = sampled(made, CAPTIONS[:2], [0, 1])
     assert set(sizes) == {2}
     empty = sampled(made, ["", ""], [0, 1])
-    made.guidance_scale = 0.0
+    made.draw = replace(made.draw, guidance_scale=0.0)
     sizes.clear()
     assert torch.equal(sampled(made, CAPTIONS[:2], [0, 1]), empty)
     assert set(sizes) == {4}
-    made.guidance_scale = 1.0 + 1e-7
+    made.draw = replace(made.draw, guidance_scale=1.0 + 1e-7)
     assert torch.equal(sampled(made, CAPTIONS[:2], [0, 1]), plain)
 
 
 def test_guidance_extrapolates_logits():
     made = pipeline(guidance_scale=3.0, top_k=1)
     positive, negative = torch.randn(5, 16), torch.randn(5, 16)
-    choose = made._choose(0, torch.arange(5), 0)
+    choose = made.draw.chooser(0, torch.arange(5), "")
     assert torch.equal(choose(torch.cat([positive, negative]), 0), (3 * positive - 2 * negative).argmax(1))
-    made.guidance_scale = 1e6  # the limit: what the caption makes likelier, by most
+    made.draw = replace(made.draw, guidance_scale=1e6)  # the limit: what the caption makes likelier, by most
+    choose = made.draw.chooser(0, torch.arange(5), "")
     assert torch.equal(choose(torch.cat([positive, negative]), 0), (positive - negative).argmax(1))
 
 
@@ -134,7 +136,10 @@ def test_of_the_candidates_the_most_similar_is_taken(evaluator):
     made = pipeline(evaluator=evaluator, candidates=5)
     best = made(CAPTIONS[:4], [0, 1, 2, 3], 0)
     ids, mask = made.model.network.read(CAPTIONS[:4])
-    all_tokens = [made.model.network.sample(ids, mask, (4, 4), made._choose(0, torch.arange(4), k)) for k in range(5)]
+    all_tokens = [
+        made.model.network.sample(ids, mask, (4, 4), made.draw.chooser(0, torch.arange(4), f"generation/{k}"))
+        for k in range(5)
+    ]
     pictures = torch.stack([made.model.autoencoder.decode_tokens(of, 8, 8).clamp(-1, 1) for of in all_tokens])
     texts = evaluator.embed_texts(CAPTIONS[:4])
     similarity = torch.stack([F.cosine_similarity(evaluator.embed_images(of), texts) for of in pictures])

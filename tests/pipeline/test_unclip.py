@@ -13,8 +13,9 @@ from tests.dalle2 import WIDTH, unclip
 from tests.tiny import CAPTIONS, clip
 
 
-def test_embeddings_and_pictures_are_the_same_at_any_batch_size():
-    made = unclip()
+@pytest.mark.parametrize("autoregressive", [False, True])
+def test_embeddings_and_pictures_are_the_same_at_any_batch_size(autoregressive):
+    made = unclip(autoregressive)
     embeddings = made.prior(CAPTIONS[:3], [0, 1, 2], 0)
     torch.testing.assert_close(embeddings.square().mean(1), torch.ones(3))
     ones = torch.cat([made.prior([CAPTIONS[k]], [k], 0) for k in range(3)])
@@ -25,20 +26,20 @@ def test_embeddings_and_pictures_are_the_same_at_any_batch_size():
 
 
 def test_of_the_candidates_the_nearest_to_the_caption_is_taken():
-    made = unclip()
-    model, captions, positions = made.prior.model, CAPTIONS[:8], torch.arange(8)
+    made = unclip().prior
+    assert isinstance(made, Prior)
+    model, captions, positions = made.model, CAPTIONS[:8], torch.arange(8)
     told, nothing = model.told(captions), model.told([""] * 8)
     candidates = [
-        denoised(model, told, nothing, (WIDTH,), Draws(0, positions, f"prior/{k}"), made.prior.sampling)
-        for k in range(4)
+        denoised(model, told, nothing, (WIDTH,), Draws(0, positions, f"prior/{k}"), made.sampling) for k in range(4)
     ]
     cosines = torch.stack([F.cosine_similarity(c, model.clip.text_directions(captions)) for c in candidates])
-    taken = replace(made.prior, candidates=4)(captions, range(8), 0)
+    taken = replace(made, candidates=4)(captions, range(8), 0)
     best = F.cosine_similarity(taken, model.clip.text_directions(captions))
     torch.testing.assert_close(best, cosines.amax(0))
     assert (cosines.amax(0) > cosines[0]).any()  # there was something to choose
     with pytest.raises(ValueError, match=r"pipeline\.candidates"):
-        replace(made.prior, candidates=0)
+        replace(made, candidates=0)
 
 
 def test_captions_come_in_through_the_prior_alone():
@@ -73,15 +74,22 @@ def test_variations_are_of_the_pictures_embedding_and_ways_lead_from_one_to_the_
     assert not torch.allclose(pictures[0], pictures[1], atol=1e-3)  # other noise
 
 
-def test_a_prior_of_another_clip_is_refused():
-    made = unclip()
+@pytest.mark.parametrize("autoregressive", [False, True])
+def test_a_prior_of_another_clip_is_refused(autoregressive):
+    made = unclip(autoregressive)
     torch.manual_seed(9)
     made.prior.model.clip = clip()
     with pytest.raises(ValueError, match=r"part\.prior was trained with another CLIP than part\.clip"):
         UnCLIP(made.model, made.prior, 8, made.sampling)
 
 
-def test_a_prior_makes_no_pictures():
+def test_what_is_no_prior_is_refused():
     made = unclip()
+    with pytest.raises(ValueError, match=r"part\.prior makes no embeddings"):
+        replace(made, prior=made)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("autoregressive", [False, True])
+def test_a_prior_makes_no_pictures(autoregressive):
+    made = unclip(autoregressive)
     assert isinstance(made, Pipeline) and not isinstance(made.prior, Pipeline)
-    assert isinstance(made.prior, Prior)

@@ -8,8 +8,8 @@ from torch import Tensor
 from carrara.callback.score import Setting, prefix
 from carrara.metric.mean import Mean
 from carrara.model.base import Model
-from carrara.model.prior import PriorModel
-from carrara.pipeline.prior import Prior
+from carrara.model.embedding_prior import EmbeddingPriorModel
+from carrara.pipeline.embedding_prior import EmbeddingPrior
 
 
 class PriorScore:
@@ -19,18 +19,18 @@ class PriorScore:
     caption of the chunk, which tell how much is of pictures in general.
 
     Args:
-        pipeline: makes a `Prior` of a model.
+        pipeline: makes an `EmbeddingPrior` of a model.
         seed: of the embeddings.
         num_images: captions of each split; all if there are fewer.
         batch_size: captions in a chunk.
     """
 
-    def __init__(self, pipeline: Callable[[Model], Prior], seed: int, num_images: int, batch_size: int):
+    def __init__(self, pipeline: Callable[[Model], EmbeddingPrior], seed: int, num_images: int, batch_size: int):
         self.pipeline, self.seed = pipeline, seed
         self.num_images, self.batch_size = num_images, batch_size
 
     def __call__(self, model: Model, setting: Setting) -> dict[str, float]:
-        assert isinstance(model, PriorModel)
+        assert isinstance(model, EmbeddingPriorModel)
         prior = self.pipeline(model)
         scores: dict[str, float] = {}
         for split, indices in setting.validation.splits.items():

@@ -1,4 +1,4 @@
-"""Training DALL-E 2's prior: from a caption to the embedding that CLIP would give its picture."""
+"""Training DALL-E 2's prior as diffusion of embeddings."""
 
 from typing import Any
 
@@ -9,21 +9,17 @@ from carrara.diffusion.objective import Objective
 from carrara.evaluator.clip import CLIP
 from carrara.model.base import OptimizerFactory
 from carrara.model.denoising import DenoisingModel
-from carrara.network.conditioning import Conditioning
+from carrara.model.embedding_prior import EmbeddingPriorModel
 
 
-class PriorModel(DenoisingModel):
+class PriorModel(EmbeddingPriorModel, DenoisingModel):
     """Diffusion of image embeddings (Ramesh et al. 2022, "unCLIP", section 2.2).
 
-    The network is told the caption's tokens, and CLIP's embedding of it as the pooled vector.
-
     Args:
-        clip: frozen; never the evaluator, which would judge itself.
+        clip: see `EmbeddingPriorModel`.
         network, conditioner, objective, caption_dropout, stratified: see `DenoisingModel`.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
-
-    clip: CLIP
 
     def __init__(
         self,
@@ -39,21 +35,11 @@ class PriorModel(DenoisingModel):
         max_steps: int,
         seed: int,
     ):
-        super().__init__(
-            network, conditioner, objective, caption_dropout, stratified,
+        DenoisingModel.__init__(
+            self, network, conditioner, objective, caption_dropout, stratified,
             optimizer, warmup_steps, cooldown, max_steps, seed,
         )  # fmt: skip
-        clip.requires_grad_(False)
-        self.clip = clip.eval()
+        self.keep(clip)
 
     def clean(self, batch: dict[str, Any]) -> Tensor:
-        return self.clip.image_directions(self.images(batch))
-
-    def conditioning(self, batch: dict[str, Any], drop: Tensor) -> Conditioning:
-        captions = ["" if d else caption for d, caption in zip(drop.tolist(), batch["captions"], strict=True)]
-        return self.told(captions)
-
-    def told(self, captions: list[str]) -> Conditioning:
-        """What the network is told of captions."""
-        texts = self.predictor.conditioner(captions)
-        return Conditioning(texts.tokens, texts.mask, self.clip.text_directions(captions))
+        return self.embeddings(self.images(batch))

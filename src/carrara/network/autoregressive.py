@@ -4,7 +4,7 @@ Ramesh et al. 2021, "Zero-shot text-to-image generation" (DALL-E), section 2.2, 
 RMSNorm, SwiGLU, normalised queries and keys, rotary positions; and every token attends to all before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,44 @@ class DecoderBlock(nn.Module):
         self.norm2 = RMSNorm(width)
         self.feed_forward = SwiGLU(width, hidden)
 
-    def forward(self, x: Tensor, angles: Tensor, cache: Cache | None = None) -> Tensor:
-        """x (B, N, C), angles (N, C / heads / 2) of their positions -> (B, N, C); with a cache, x are the next N."""
-        x = x + self.attention(self.norm1(x), angles=angles, causal=True, cache=cache)
+    def forward(self, x: Tensor, angles: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, C), angles (N, C / heads / 2) of their positions -> (B, N, C); with a cache, x are the next N.
+
+        `mask` (B, L) bool: which of all L tokens so far may be attended to, the first among them; None: all.
+        """
+        x = x + self.attention(self.norm1(x), mask=mask, angles=angles, causal=True, cache=cache)
         return x + self.feed_forward(self.norm2(x))
+
+
+def continued(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    angles: Tensor,
+    count: int,
+    answer: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Tokens (B, count), chosen one after the other; each goes through the blocks once.
+
+    Args:
+        blocks: `DecoderBlock`s.
+        x: (n · B, N, C), what is there before the first; of n captions, where each token is chosen by the logits of n.
+        angles: (N + count − 1 or more, C / heads / 2), of all positions.
+        answer: (what the blocks make of the last token (n · B, C), place 0 … count − 1) -> the next token (B,), and
+            as x has it (n · B, C).
+        mask: (n · B, N), see `DecoderBlock`.
+    """
+    layers = [(block, Cache(len(angles))) for block in blocks]
+    at = slice(0, x.shape[1])
+    tokens: list[Tensor] = []
+    for place in range(count):
+        for block, cache in layers:
+            x = block(x, angles[at], cache, mask)
+        token, following = answer(x[:, -1], place)
+        tokens.append(token)
+        x, at = following[:, None], slice(at.stop, at.stop + 1)
+        mask = None if mask is None else F.pad(mask, (0, 1), value=True)
+    return torch.stack(tokens, dim=1)
 
 
 class TextImageTransformer(nn.Module):
@@ -118,17 +152,12 @@ class TextImageTransformer(nn.Module):
             choose: is asked for each token, 0 … h·w − 1.
         """
         positions, angles = self._places(grid)
-        caches = [Cache(len(angles)) for _ in self.blocks]
-        x, at = self._caption(ids, mask), slice(0, self.max_length)
-        tokens: list[Tensor] = []
-        for place in range(len(positions)):
-            for block, cache in zip(self.blocks, caches, strict=True):
-                x = block(x, angles[at], cache)
-            token = choose(self.image_out(self.norm(x[:, -1])).float(), place)
-            tokens.append(token)
-            at = slice(at.stop, at.stop + 1)
-            x = (self.codes(token.repeat(len(ids) // len(token))) + positions[place])[:, None]
-        return torch.stack(tokens, dim=1)
+
+        def answer(x: Tensor, place: int) -> tuple[Tensor, Tensor]:
+            token = choose(self.image_out(self.norm(x)).float(), place)
+            return token, self.codes(token.repeat(len(ids) // len(token))) + positions[place]
+
+        return continued(self.blocks, self._caption(ids, mask), angles, len(positions), answer)
 
     def _caption(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, max_length, C)."""

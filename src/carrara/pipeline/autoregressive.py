@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from carrara import keyed_random
 from carrara.evaluator.clip import CLIP
 from carrara.model.autoregressive import AutoregressiveModel
-from carrara.network.autoregressive import Choose
 from carrara.pipeline.base import OnStep
-from carrara.pipeline.token_draw import drawn, truncated
+from carrara.pipeline.candidates import check_candidates, most_similar
+from carrara.pipeline.token_draw import TokenDraw
 
 
 class AutoregressiveToImage:
@@ -21,11 +19,7 @@ class AutoregressiveToImage:
         model: transformer and discrete auto-encoder, with the weights they have now.
         resolution: of the pictures.
         evaluator: ranks the candidates.
-        temperature: that logits are divided by: below 1 likely tokens become likelier.
-        top_k: only so many of the likeliest tokens are drawn from; None for all.
-        top_p: only the fewest likeliest tokens that make up this probability (Holtzman et al. 2020, eq. 2); None: all.
-        guidance_scale: logits are extrapolated from those of the empty caption to those of the caption, and beyond; 1
-            is off. It comes first, then the temperature, top_k and top_p.
+        temperature, top_k, top_p, guidance_scale: see `TokenDraw`.
         candidates: so many pictures are made of each caption; the one most similar to it for the evaluator is taken.
 
     Raises:
@@ -43,19 +37,12 @@ class AutoregressiveToImage:
         guidance_scale: float,
         candidates: int,
     ):
-        if not temperature > 0:
-            raise ValueError(f"pipeline.temperature={temperature} must be above 0; top_k=1 takes the likeliest token")
-        if top_k is not None and not _whole(top_k):
-            raise ValueError(f"pipeline.top_k={top_k} must be a whole number of tokens from 1 on, or null for all")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"pipeline.top_p={top_p} must be a probability above 0, or null for all tokens")
-        if not _whole(candidates):
-            raise ValueError(f"pipeline.candidates={candidates} must be a whole number from 1 on")
+        self.draw = TokenDraw(temperature, top_k, top_p, guidance_scale)
+        check_candidates(candidates)
         if candidates > 1 and evaluator is None:
             raise ValueError(f"pipeline.candidates={candidates} are ranked by an evaluator: part.evaluator names one")
-        self.model, self.resolution, self.evaluator = model, resolution, evaluator
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.guidance_scale, self.candidates = guidance_scale, candidates
+        self.model, self.resolution = model, resolution
+        self.evaluator, self.candidates = evaluator, candidates
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -70,11 +57,10 @@ class AutoregressiveToImage:
     @torch.no_grad()
     def __call__(self, captions: list[str], indices: Sequence[int], seed: int, on_step: OnStep | None = None) -> Tensor:
         """One picture a caption, see `Pipeline`; `on_step` is told the codes of one more row each time, then zeros."""
-        guided = self.guidance_scale != 1
-        ids, mask = self.model.network.read([*captions, *([""] * len(captions) if guided else [])])
+        ids, mask = self.model.network.read([*captions, *([""] * len(captions) if self.draw.guided else [])])
         numbers = torch.as_tensor(list(indices))
         made = [
-            self.model.network.sample(ids, mask, self.grid, self._choose(seed, numbers, candidate))
+            self.model.network.sample(ids, mask, self.grid, self.draw.chooser(seed, numbers, f"generation/{candidate}"))
             for candidate in range(self.candidates)
         ]
         codes = torch.stack([self.model.autoencoder.latents_of(tokens, *self.grid) for tokens in made])
@@ -93,28 +79,10 @@ class AutoregressiveToImage:
         """Pictures (B, 3, R, R) in [−1, 1] of codes (B, C, h, w)."""
         return self.model.autoencoder.decoded(z).float().clamp(-1, 1)
 
-    def _choose(self, seed: int, numbers: Tensor, candidate: int) -> Choose:
-        """What draws a token of each picture: the draw is the picture's own, drawn on the CPU as all noise is."""
-
-        def choose(logits: Tensor, place: int) -> Tensor:
-            if len(logits) > len(numbers):
-                positive, negative = logits.chunk(2)
-                logits = negative + self.guidance_scale * (positive - negative)
-            logits = truncated(logits / self.temperature, self.top_k, self.top_p)
-            u = keyed_random.uniform(seed, numbers, f"generation/{candidate}/{place}", tuple(logits.shape[1:]))
-            return drawn(logits, u.to(logits.device))
-
-        return choose
-
     def _best(self, captions: list[str], pictures: Tensor) -> Tensor:
         """Of pictures (candidates, B, 3, R, R) the candidate (B,) that is most similar to each caption."""
         if self.evaluator is None or self.candidates == 1:
             return torch.zeros(len(captions), dtype=torch.int64, device=pictures.device)
         with torch.autocast(pictures.device.type, enabled=False):
             texts = self.evaluator.embed_texts(captions)
-            similarity = [F.cosine_similarity(self.evaluator.embed_images(of), texts) for of in pictures]
-        return torch.stack(similarity).argmax(0)
-
-
-def _whole(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+            return most_similar(torch.stack([self.evaluator.embed_images(of) for of in pictures]), texts)

@@ -11,7 +11,7 @@ from carrara.conditioner.image_embedding import ImageEmbedding
 from carrara.model.unclip import UnCLIPModel
 from carrara.pipeline.base import OnStep
 from carrara.pipeline.denoising import Draws, Sampling, denoised
-from carrara.pipeline.prior import Prior
+from carrara.pipeline.embedding_prior import EmbeddingPrior
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class UnCLIP:
     """
 
     model: UnCLIPModel
-    prior: Prior
+    prior: EmbeddingPrior
     resolution: int
     sampling: Sampling
     embeddings: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prior, EmbeddingPrior):
+            raise ValueError("part.prior makes no embeddings: name a run of model=prior or model=autoregressive_prior")
         ours, theirs = self.model.clip.image_projection.weight, self.prior.model.clip.image_projection.weight
         if not ours.is_meta and (ours.shape != theirs.shape or not torch.equal(ours.cpu(), theirs.cpu())):
             raise ValueError("part.prior was trained with another CLIP than part.clip: train it with this one")
