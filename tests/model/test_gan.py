@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from carrara.conditioner.text import Unconditional
 from carrara.model.gan import GANModel, discriminator_losses
 from carrara.network.conditioning import Conditioning
-from tests.tiny import SGD, batch, batches, equal, gan_model, trainer, weights
+from tests.tiny import SGD, awake, batch, batches, equal, gan_model, trainer, weights
 
 # --- the losses of a discriminator ---
 
@@ -126,6 +126,7 @@ def test_the_generators_gradient_raises_the_logits_of_its_pictures():
 
 def test_the_noise_belongs_to_the_sample():
     model = gan_model()
+    awake(model.generator)
     alone = [float(model.loss(batch([k]))["generator"].detach()) for k in (4, 9)]
     assert model.loss(batch([4, 9]))["generator"].item() == pytest.approx(sum(alone) / 2, rel=1e-5)
     moved = batch([4])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.network.conditioning import Conditioning
+from carrara.network.layers import zero_
 from carrara.network.pyramid import Pyramid
 
 
@@ -29,7 +30,7 @@ class Generator(nn.Module):
         self.start = nn.Linear(noise_width + pooled_width, pyramid.features)
         self.levels = nn.ModuleList(reversed(pyramid.levels()))
         self.narrow = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(reversed(channels)))
-        self.conv_out = nn.Conv2d(channels[0], 3 * pyramid.patch**2, 3, padding=1)
+        self.conv_out = zero_(nn.Conv2d(channels[0], 3 * pyramid.patch**2, 3, padding=1))
 
     def forward(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
         x = self.start(torch.cat([noise, conditioning.pooled.to(noise.dtype)], dim=1))
