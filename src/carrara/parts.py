@@ -159,7 +159,7 @@ def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
     if kind in config:
         nodes[kinds_of(kind)[0]] = config[kind]
     for key in _SHARED.get(kind, ()):
-        value = config
+        value: Any = config
         for name in key.split("."):
             value = (value or {}).get(name)
         if value is not None:

@@ -26,6 +26,7 @@ class PriorTransformer(nn.Module):
 
     def __init__(self, embedding_width: int, context_width: int, width: int, depth: int, heads: int):
         super().__init__()
+        self.width = width
         self.project_text = nn.Linear(context_width, width)
         self.project_pooled = nn.Linear(embedding_width, width)
         self.project_in = nn.Linear(embedding_width, width)
@@ -36,7 +37,7 @@ class PriorTransformer(nn.Module):
         self.project_out = nn.Linear(width, embedding_width)
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        features = sinusoidal_embedding(time, self.time_embedding[0].in_features).to(self.special.dtype)
+        features = sinusoidal_embedding(time, self.width).to(self.special.dtype)
         told = self.project_pooled(conditioning.pooled), self.time_embedding(features), self.project_in(x)
         special = torch.stack([*told, torch.zeros_like(told[0])], dim=1) + self.special
         text = self.project_text(conditioning.tokens)
