@@ -26,6 +26,7 @@ class PriorTransformer(nn.Module):
 
     def __init__(self, embedding_width: int, context_width: int, width: int, depth: int, heads: int):
         super().__init__()
+        self.width = width
         self.project_text = nn.Linear(context_width, width)
         self.project_pooled = nn.Linear(embedding_width, width)
         self.project_in = nn.Linear(embedding_width, width)
