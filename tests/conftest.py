@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.shards"]
+pytest_plugins = ["tests.commands", "tests.shards"]
 
 # Read when the libraries are imported, and inherited by the processes that tests start.
 os.environ.update(

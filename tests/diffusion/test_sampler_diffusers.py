@@ -139,7 +139,7 @@ def test_ddim(target, prediction_type, schedule, betas, eta, num_steps):
     assert_same_steps(ours(Ancestral(eta=eta), target, schedule, x, schedule.times(num_steps)), steps)
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.999])
 @pytest.mark.parametrize("num_steps", [5, 50])
 def test_ddim_with_zero_terminal_snr(eta, num_steps):
     x = start()
@@ -156,9 +156,9 @@ def test_ddim_with_zero_terminal_snr(eta, num_steps):
     )
     schedule = ZeroTerminalSNR(ScaledLinear())
     steps = theirs(scheduler, x, num_steps, next_index, eta=eta)
-    # eta = 1 keeps sqrt(1 - alpha_bar - std^2) = 0 of the old noise on the first step, which float32 rounds to 2e-4
-    tolerance = 3e-4 if eta == 1 else 1e-4
-    assert_same_steps(ours(Ancestral(eta=eta), V(), schedule, x, schedule.times(num_steps)), steps, tolerance)
+    # eta = 1 would keep sqrt(1 - alpha_bar - std^2) = 0 of the old noise on the first step: in float32 theirs takes the
+    # root of what rounding leaves of that, which on some machines is below 0
+    assert_same_steps(ours(Ancestral(eta=eta), V(), schedule, x, schedule.times(num_steps)), steps, 1e-4)
 
 
 @TARGETS

@@ -87,6 +87,7 @@ def train(job: Job, start: Start) -> None:
     needed = parts.imported(needed, Path(config["runs_dir"]))
     parts.train_missing(needed, lambda folder: start(folder, devices))
     config = parts.with_parts(config, needed)
+    _check_stages(config)
     runs_dir = Path(config["runs_dir"])
     folder = resumed
     if config["resume"] == "auto":
@@ -152,6 +153,15 @@ def _check_modules(config: Config) -> None:
     if "pipeline" in config and not stages_of(config):  # they may not be trained yet
         build_pipeline(config, modules)(model)
     check_fit(config, modules)
+
+
+def _check_stages(config: Config) -> None:
+    """Trained stages that do not fit one another are told before the run has a folder."""
+    from carrara.build import build_model, build_pipeline, stages_of
+
+    if "pipeline" in config and stages_of(config):
+        model, modules = build_model(config)
+        build_pipeline(config, modules)(model)
 
 
 def _show_plan(conf_dir: Path, composed: Composed) -> None:
