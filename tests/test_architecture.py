@@ -46,6 +46,7 @@ def test_the_optimizers_state_is_as_large_as_planned(optimizer):
         "pixel_unet",
         "pixel_dit",
         "dalle",
+        "latent_flow",
         "pixel_flow",
         "prior",
         "autoregressive_prior",
@@ -115,11 +116,13 @@ def test_a_transformer_that_does_not_fit_is_refused(key):
         check_fit(config, meta_modules(config)[0])
 
 
-@pytest.mark.parametrize("model", ["gan", "vae"])
-@pytest.mark.parametrize("key", ["pyramid.resolution=16", "pyramid.context_width=77", "pooled_width=7"])
-def test_a_generator_that_does_not_fit_is_refused(model, key):
+@pytest.mark.parametrize(("model", "shape"), [("gan", "4, 8, 8"), ("vae", "3, 32, 32")])
+@pytest.mark.parametrize(
+    "key", ["pyramid.in_channels=5", "pyramid.resolution=16", "pyramid.context_width=77", "pooled_width=7"]
+)
+def test_a_generator_that_does_not_fit_is_refused(model, shape, key):
     config = compose(CONF, "train", [f"model={model}", f"network.{key}", "size=demo"]).config
-    with pytest.raises(UserError, match=r"does not fit pictures of 32 × 32 and captions of width 128"):
+    with pytest.raises(UserError, match=rf"does not fit latents of \({shape}\) and captions of width 128"):
         check_fit(config, meta_modules(config)[0])
 
 

@@ -233,8 +233,9 @@ def test_additions_need_a_trained_conditioner(trained):
 
 
 def test_additions_leave_captions_as_they_are(trained):
-    with pytest.raises(ValueError, match=r"model\.caption_mean_weight must be 0 with model\.lora"):
-        model_of(config(trained[0], LORA), caption_mean_weight=1.0)
+    model = model_of(config(trained[0], LORA), caption_mean_weight=1.0)
+    assert model.caption_mean is None
+    assert not any(p.requires_grad for p in model.predictor.conditioner.parameters())
 
 
 # --- at full size ---

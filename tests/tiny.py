@@ -358,6 +358,7 @@ def classifier_model(labels: Sequence[str], channels: Sequence[int] = (8, 16), *
 
 def pyramid(**changes: Any) -> Pyramid:
     settings: dict[str, Any] = {
+        "in_channels": 3,
         "resolution": RESOLUTION,
         "patch": 2,
         "channels": [8, 16],
@@ -376,6 +377,7 @@ def gan_model(**changes: Any) -> GANModel:
         "network": Generator(pyramid(), noise_width=4, pooled_width=8),
         "conditioner": text(),
         "discriminator": Discriminator(pyramid(), pooled_width=8),
+        "autoencoder": Identity(),
         "gradient_penalty": 0.5,
         "caption_mean_weight": 0.0,
         "optimizer": MUON,

@@ -84,11 +84,15 @@ def _check_generator(config: Config, modules: Mapping[str, nn.Module]) -> None:
     if data["bucket_aspect"] != 1:
         raise UserError(f"data.bucket_aspect: model={config['name']} makes square pictures; leave it 1.0")
     side, width = data["resolution"], conditioner.width
-    problem = _problem(network, (network.noise_shape,), (3, side, side), width)
+    autoencoder = modules.get("autoencoder", Identity())  # a variational auto-encoder has no other
+    assert isinstance(autoencoder, Autoencoder)
+    shape = autoencoder.latent_shape(side, side)
+    problem = _problem(network, (network.noise_shape,), shape, width)
     if problem is not None:
         raise UserError(
-            f"network: it does not fit pictures of {side} × {side} and captions of width {width} ({problem}); "
-            "pyramid.resolution, pyramid.context_width and pooled_width follow from them and need not be given"
+            f"network: it does not fit latents of {shape} and captions of width {width} ({problem}); "
+            "pyramid.in_channels, pyramid.resolution, pyramid.context_width and pooled_width follow from them and "
+            "need not be given"
         )
 
 

@@ -202,16 +202,21 @@ def test_the_order_of_words_matters(folder):
     assert (a.tokens - b.tokens).abs().max() > 1e-2 and (a.pooled - b.pooled).abs().max() > 1e-3
 
 
-def expected(family: str, folder: Path, caption: str) -> tuple[Tensor, Tensor]:
-    """Tokens and pooled vector of one caption by `transformers` alone, as its documentation calls it."""
+def output(family: str, folder: Path, caption: str, **more: bool) -> Any:
+    """What `transformers` alone answers to one caption, called as its documentation calls it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = getattr(transformers, TEXT_MODELS[family]).from_pretrained(folder, dtype=torch.float64).eval()
     text = f"<|endoftext|>{caption}" if family == "gpt2" else caption
     with torch.no_grad():
-        output = model(**tokenizer(text, return_tensors="pt"))
-    tokens = output.last_hidden_state.float()
+        return model(**tokenizer(text, return_tensors="pt"), **more)
+
+
+def expected(family: str, folder: Path, caption: str) -> tuple[Tensor, Tensor]:
+    """Tokens and pooled vector of one caption by `transformers` alone."""
+    answer = output(family, folder, caption)
+    tokens = answer.last_hidden_state.float()
     pooled = {"bert": tokens.mean(1), "t5": tokens.mean(1), "gpt2": tokens[:, -1]}
-    return tokens, pooled[family] if family in pooled else output.pooler_output.float()
+    return tokens, pooled[family] if family in pooled else answer.pooler_output.float()
 
 
 @pytest.mark.parametrize("caption", ["", CAPTION])
@@ -222,6 +227,16 @@ def test_it_is_what_transformers_gives(family, folder, caption):
     assert conditioning.mask[0].sum() == length
     torch.testing.assert_close(conditioning.tokens[:1, :length], tokens, atol=1e-6, rtol=0)
     torch.testing.assert_close(conditioning.pooled[:1], pooled, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_an_earlier_layer_is_the_hidden_state_that_transformers_gives(family, folder, layer):
+    conditioner = Pretrained(str(folder), WIDTH, 24, layer=layer)
+    tokens = output(family, folder, CAPTION, output_hidden_states=True).hidden_states[layer].float()
+    found = conditioner.double()([CAPTION]).tokens
+    torch.testing.assert_close(found, tokens, atol=1e-6, rtol=0)
+    assert not torch.allclose(found, pretrained(folder).double()([CAPTION]).tokens, atol=1e-2)
+    assert conditioner.facts() != pretrained(folder).facts()
 
 
 def test_both_layouts_of_clip_hold_a_text_tower(folders, tmp_path):
@@ -409,6 +424,12 @@ def test_another_width_is_refused(folder):
     assert f"conditioner.width=16, but {folder} has {WIDTH} features" in one_line(folder, width=16)
     with torch.device("meta"):
         assert "conditioner.width=16" in one_line(folder, width=16)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_that_is_not_there_is_refused(folder, layer):
+    with pytest.raises(UserError, match=rf"conditioner\.layer={layer}, but .* has blocks 0 to \d+, or null"):
+        Pretrained(str(folder), WIDTH, 24, layer=layer)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(family, folder):

@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from carrara.autoencoder.base import Autoencoder
+from carrara.autoencoder.identity import Identity
 from carrara.conditioner.text import Unconditional
 from carrara.model.gan import GANModel, discriminator_losses
 from carrara.network.conditioning import Conditioning
-from tests.tiny import SGD, awake, batch, batches, equal, gan_model, trainer, weights
+from carrara.network.discriminator import Discriminator
+from carrara.network.generator import Generator
+from tests.tiny import SGD, awake, batch, batches, equal, gan_model, kl, pyramid, trainer, weights
 
 # --- the losses of a discriminator ---
 
@@ -94,6 +98,25 @@ def test_the_loss_is_that_of_both_players():
     torch.testing.assert_close(losses["loss"], total)
 
 
+def test_both_play_in_the_latents_of_an_autoencoder():
+    """The loss of a picture is that of its latents without one; and the auto-encoder does not learn."""
+    autoencoder = kl()
+    autoencoder.set_statistics(torch.full((4,), 0.5), torch.full((4,), 2.0))
+    shape = {"in_channels": 4, "resolution": 2, "patch": 1, "channels": [8], "attention": [True]}
+    players = {"network": Generator(pyramid(**shape), 4, 8), "discriminator": Discriminator(pyramid(**shape), 8)}
+    model, one = gan_model(autoencoder=autoencoder, **players), batch(range(4))
+    awake(model.generator)
+    losses = model.loss(one)
+    latents = model.latents(one, autoencoder)
+    conditioning = model.generator.conditioner(one["captions"])
+    fake = model.generator.network(model.normal(one, "noise", (4,)), conditioning)
+    on_real, on_fake = (model.discriminator(x, conditioning) for x in (latents, fake))
+    torch.testing.assert_close(losses["generator"], F.softplus(on_real - on_fake).mean())
+    losses["loss"].backward()
+    assert not any(p.requires_grad for p in autoencoder.parameters())
+    assert torch.equal(model.decode(fake), autoencoder.decode(fake)) and model.decode(fake).shape == (4, 3, 8, 8)
+
+
 def test_each_player_learns_from_its_own_loss_alone():
     model, one = gan_model(optimizer=SGD), batch(range(4))
     for name, player, other in (
@@ -168,7 +191,7 @@ def test_a_batch_is_one_step_of_both_players(tmp_path):
 class Points(GANModel):
     """Two-dimensional points instead of pictures."""
 
-    def images(self, batch: dict[str, Any]) -> Tensor:
+    def latents(self, batch: dict[str, Any], autoencoder: Autoencoder) -> Tensor:
         return batch["images"]
 
 
@@ -212,6 +235,7 @@ def test_all_modes_of_a_mixture_are_found():
         PointGenerator(),  # type: ignore[arg-type]
         Unconditional(8),
         PointDiscriminator(),
+        Identity(),
         gradient_penalty=0.1,
         caption_mean_weight=0.0,
         optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3, betas=(0.0, 0.99)),

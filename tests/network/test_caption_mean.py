@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from carrara.conditioner.text import Text
+from carrara.model.conditioned import caption_mean
 from carrara.network.caption_mean import CaptionMean
 from carrara.network.conditioning import Conditioning
 from tests.tiny import text
@@ -49,3 +50,9 @@ def test_padding_changes_nothing():
         alone.pooled,
     )
     torch.testing.assert_close(head(padded), head(alone), atol=1e-6, rtol=0)
+
+
+def test_there_is_one_only_for_a_text_that_learns():
+    assert isinstance(caption_mean(3, text(), 1.0), CaptionMean)
+    assert caption_mean(3, text(), 0.0) is None
+    assert caption_mean(3, text().requires_grad_(False), 1.0) is None

@@ -162,14 +162,21 @@ def test_all_that_has_no_place_is_named_at_once(parts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["dit", "identity", "longest"])
+@pytest.mark.parametrize("what", ["dit", "identity", "longest", "layer"])
 def test_other_parts_are_refused(parts, tmp_path, what):
     network, conditioner, autoencoder = parts
-    needed = {"dit": "network=unet", "identity": "autoencoder=kl", "longest": "conditioner.padding=max_length"}[what]
+    needed = {
+        "dit": "network=unet",
+        "identity": "autoencoder=kl",
+        "longest": "conditioner.padding=max_length",
+        "layer": "conditioner.layer=null",
+    }[what]
     if what == "dit":
         network = tiny.dit()
     elif what == "identity":
         autoencoder = Identity()
+    elif what == "layer":
+        conditioner = Pretrained(conditioner.encoder.name, WIDTH, LENGTH, "max_length", layer=1)
     else:
         conditioner = Pretrained(conditioner.encoder.name, WIDTH, LENGTH)
     with pytest.raises(UserError, match=f"it needs {needed}$"):

@@ -32,7 +32,7 @@ _SETTINGS = {  # whatever the model's own config says
 
 
 class Pretrained(Conditioner):
-    """Captions -> the last hidden state of a frozen text encoder, after its final normalisation if it has one.
+    """Captions -> a hidden state of a frozen text encoder.
 
     The pooled vector is, of
 
@@ -57,21 +57,24 @@ class Pretrained(Conditioner):
         width: see `Conditioner`; the encoder's.
         max_length: most tokens of a caption, start and end included; the end is kept.
         padding: "longest" of the batch, masked; or, of CLIP, "max_length", not masked.
+        layer: after how many of its blocks; None: after the last, and its final normalisation if it has one. What
+            tells words apart fades in the last layers of a model that has learnt to predict words, not pictures.
 
     Raises:
         UserError: no such model, or none of these families, weights that are not safetensors, no tokenizer, or
             settings that do not fit the model.
     """
 
-    def __init__(self, model: str, width: int, max_length: int, padding: str = "longest"):
+    def __init__(self, model: str, width: int, max_length: int, padding: str = "longest", layer: int | None = None):
         super().__init__(width)
         self.max_length = max_length
         self.padding = padding
+        self.layer = layer
         on_meta = torch.get_default_device().type == "meta"  # shapes only: no weights are read
         quieten()
         folder, tokenizer = local(model, (CONFIG,) if on_meta else NEEDED)
         self._family, config = _read_config(model, folder)
-        _check_settings(model, config, width, max_length)
+        _check_settings(model, config, width, max_length, layer)
         _check_padding(padding, self._family)
         if Path(model).is_dir() or not on_meta:
             check_files(model, folder, tokenizer)
@@ -91,6 +94,7 @@ class Pretrained(Conditioner):
             "encoder": self.encoder.sha256,
             "max_length": self.max_length,
             "padding": self.padding,
+            "layer": self.layer,
             "tokenizer": tokenizer,
         }
 
@@ -112,7 +116,9 @@ class Pretrained(Conditioner):
         device = next(self.encoder.parameters()).device
         ids, real = ids.to(device), real.to(device)
         mask = real if self.padding == "longest" else torch.ones_like(real)
-        tokens = self.encoder(ids, attention_mask=mask.long()).last_hidden_state.float()
+        every = self.layer is not None
+        states = self.encoder(ids, attention_mask=mask.long(), output_hidden_states=every)
+        tokens = (states.hidden_states[self.layer] if every else states.last_hidden_state).float()
         return Conditioning(tokens, mask, self._family.pool(tokens, real))
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -199,13 +205,15 @@ def _read_config(model: str, folder: Path) -> tuple[_Family, Any]:
         return family, family.model_class.config_class.from_pretrained(folder, **_SETTINGS)
 
 
-def _check_settings(model: str, config: Any, width: int, max_length: int) -> None:
+def _check_settings(model: str, config: Any, width: int, max_length: int, layer: int | None) -> None:
     if width != config.hidden_size:
         raise UserError(f"conditioner.width={width}, but {model} has {config.hidden_size} features: pass that number")
     most = getattr(config, "max_position_embeddings", None)  # T5's positions are relative
     if max_length < _SHORTEST or (most is not None and max_length > most):
         there = f"from {_SHORTEST} on" if most is None else f"from {_SHORTEST} to {most}"
         raise UserError(f"conditioner.max_length={max_length}, but {model} takes captions of {there} tokens")
+    if layer is not None and not 0 <= layer <= config.num_hidden_layers:
+        raise UserError(f"conditioner.layer={layer}, but {model} has blocks 0 to {config.num_hidden_layers}, or null")
 
 
 def _check_padding(padding: str, family: "_Family") -> None:

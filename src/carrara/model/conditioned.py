@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from carrara.conditioner.base import Conditioner
+from carrara.network.caption_mean import CaptionMean
 from carrara.network.conditioning import Conditioning
 
 
@@ -30,3 +32,9 @@ class Conditioned(nn.Module):
             return encoded.where(drop, self.conditioner([""] * len(drop)))
         captions = ["" if d else caption for d, caption in zip(drop.tolist(), batch["captions"], strict=True)]
         return self.conditioner(captions)
+
+
+def caption_mean(channels: int, conditioner: Conditioner, weight: float) -> CaptionMean | None:
+    """What a text learns from beside a model, with this weight; None with a weight of 0, or if the text is frozen."""
+    learns = any(parameter.requires_grad for parameter in conditioner.parameters())
+    return CaptionMean(channels, conditioner.width) if weight and learns else None

@@ -9,9 +9,8 @@ from carrara.conditioner.base import Conditioner
 from carrara.diffusion.objective import Objective
 from carrara.errors import UserError
 from carrara.model.base import OptimizerFactory
-from carrara.model.conditioned import Conditioned
+from carrara.model.conditioned import Conditioned, caption_mean
 from carrara.model.denoising import DenoisingModel
-from carrara.network.caption_mean import CaptionMean
 from carrara.network.conditioning import Conditioning
 from carrara.network.lora import add_lora, load_base, merged
 
@@ -24,7 +23,7 @@ class DiffusionModel(DenoisingModel):
 
     Args:
         autoencoder: frozen.
-        caption_mean_weight: of that error; 0 builds no `CaptionMean`.
+        caption_mean_weight: of that error; with 0, or a frozen conditioner, there is none.
         network, conditioner, objective, caption_dropout, stratified: see `DenoisingModel`.
         lora: `rank`, `alpha` and `targets` of `add_lora`: additions to the network, which are all that is trained then.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
@@ -49,10 +48,6 @@ class DiffusionModel(DenoisingModel):
         lora: dict[str, Any] | None = None,
     ):
         if lora is not None:
-            if caption_mean_weight:
-                raise ValueError(
-                    "model.caption_mean_weight must be 0 with model.lora, which leaves captions as they are"
-                )
             conditioner.requires_grad_(False)
             add_lora(network, **lora)
         super().__init__(
@@ -64,7 +59,7 @@ class DiffusionModel(DenoisingModel):
         autoencoder.requires_grad_(False)
         self.autoencoder = autoencoder.eval()
         self.caption_mean_weight = caption_mean_weight
-        self.caption_mean = CaptionMean(autoencoder.latent_channels, conditioner.width) if caption_mean_weight else None
+        self.caption_mean = caption_mean(autoencoder.latent_channels, conditioner, caption_mean_weight)
 
     @property
     def exported(self) -> nn.Module:

@@ -10,8 +10,7 @@ from carrara import keyed_random
 from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.model.base import Model, OptimizerFactory
-from carrara.model.conditioned import Conditioned
-from carrara.network.caption_mean import CaptionMean
+from carrara.model.conditioned import Conditioned, caption_mean
 
 LEVEL = 1 / 127.5  # what one of 256 levels takes of [−1, 1]
 
@@ -29,7 +28,8 @@ class FlowModel(Model):
         autoencoder: frozen.
         noise_std: of the Gaussian noise, where x is in [−1, 1] or has standard deviation 1; None: uniform noise.
         caption_dropout: probability of training on the empty caption, for guidance.
-        caption_mean_weight: of the error of `CaptionMean`, as in `carrara.model.diffusion`; 0 builds none.
+        caption_mean_weight: of the error of `CaptionMean`, as in `carrara.model.diffusion`; see
+            `caption_mean`.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -61,7 +61,7 @@ class FlowModel(Model):
         self.noise_std = noise_std
         self.caption_dropout = caption_dropout
         self.caption_mean_weight = caption_mean_weight
-        self.caption_mean = CaptionMean(autoencoder.latent_channels, conditioner.width) if caption_mean_weight else None
+        self.caption_mean = caption_mean(autoencoder.latent_channels, conditioner, caption_mean_weight)
 
     @property
     def hot(self) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Training a generator against a discriminator."""
+"""Training a generator against a discriminator, in a frozen auto-encoder's latents (identity: in pixels)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.model.base import Model, OptimizerFactory
-from carrara.model.conditioned import Conditioned
-from carrara.network.caption_mean import CaptionMean
+from carrara.model.conditioned import Conditioned, caption_mean
 from carrara.network.generator import Generator
 
-Judge = Callable[[Tensor], Tensor]  # pictures (B, 3, R, R) -> logits (B,)
+Judge = Callable[[Tensor], Tensor]  # pictures or latents (B, C, h, w) -> logits (B,)
 
 
 class GANModel(Model):
@@ -28,21 +28,25 @@ class GANModel(Model):
     In validation there is no loss: what two players lose to each other does not say how good either is.
 
     Args:
-        network: the generator, network(noise, conditioning) -> pictures, with a `noise_shape`.
+        network: the generator, network(noise, conditioning) -> latents, with a `noise_shape`.
         conditioner: captions -> Conditioning, trained along unless it is frozen.
-        discriminator: pictures, conditioning -> logits (B,).
+        discriminator: latents, conditioning -> logits (B,).
+        autoencoder: frozen.
         gradient_penalty: γ of the penalties R1 and R2.
-        caption_mean_weight: of the error of `CaptionMean`, from which the text learns its words; 0 builds none.
+        caption_mean_weight: of the error of `CaptionMean`, from which the text learns its words; see
+            `caption_mean`.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
     kind = "generator"
+    autoencoder: Autoencoder
 
     def __init__(
         self,
         network: Generator,
         conditioner: Conditioner,
         discriminator: nn.Module,
+        autoencoder: Autoencoder,
         gradient_penalty: float,
         caption_mean_weight: float,
         optimizer: OptimizerFactory,
@@ -55,9 +59,11 @@ class GANModel(Model):
         self.generator = Conditioned(network, conditioner)
         self.noise_shape = network.noise_shape
         self.discriminator = discriminator
+        autoencoder.requires_grad_(False)
+        self.autoencoder = autoencoder.eval()
         self.gradient_penalty = gradient_penalty
         self.caption_mean_weight = caption_mean_weight
-        self.caption_mean = CaptionMean(3, conditioner.width) if caption_mean_weight else None
+        self.caption_mean = caption_mean(autoencoder.latent_channels, conditioner, caption_mean_weight)
 
     @property
     def hot(self) -> list[nn.Module]:
@@ -70,7 +76,7 @@ class GANModel(Model):
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         if u is not None:
             return {}
-        real = self.images(batch)
+        real = self.latents(batch, self.autoencoder)
         conditioning = self.generator.conditioner(batch["captions"])
         noise = self.normal(batch, "noise", self.noise_shape)
         fake = self.generator.network(noise, conditioning).float()
@@ -86,14 +92,18 @@ class GANModel(Model):
             loss = loss + self.caption_mean_weight * losses["caption_mean"]
         return {"loss": loss} | losses
 
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, R, R) of what the generator makes."""
+        return self.autoencoder.decode(x)
+
 
 def discriminator_losses(judge: Judge, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """What the discriminator pays.
 
     Args:
         judge: the discriminator; float32, differentiable twice.
-        real: (B, 3, R, R).
-        fake: (B, 3, R, R) without a gradient, paired with the real ones.
+        real: (B, C, h, w).
+        fake: (B, C, h, w) without a gradient, paired with the real ones.
 
     Returns:
         `discriminator`, softplus(D(fake) − D(real)) (Jolicoeur-Martineau 2019; Huang et al. 2024, eq. 2);

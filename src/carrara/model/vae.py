@@ -9,8 +9,7 @@ from carrara.conditioner.base import Conditioner
 from carrara.diffusion.likelihood import discretized_gaussian
 from carrara.divergence import kl_diagonal
 from carrara.model.base import Model, OptimizerFactory
-from carrara.model.conditioned import Conditioned
-from carrara.network.caption_mean import CaptionMean
+from carrara.model.conditioned import Conditioned, caption_mean
 from carrara.network.variational import Variational
 
 
@@ -24,7 +23,8 @@ class VAEModel(Model):
     Args:
         network: both halves.
         conditioner: captions -> Conditioning, trained along unless it is frozen.
-        caption_mean_weight: of the error of `CaptionMean`, from which the text learns its words; 0 builds none.
+        caption_mean_weight: of the error of `CaptionMean`, from which the text learns its words; see
+            `caption_mean`.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -45,7 +45,7 @@ class VAEModel(Model):
         self.generator = Conditioned(network, conditioner)
         self.noise_shape = network.noise_shape
         self.caption_mean_weight = caption_mean_weight
-        self.caption_mean = CaptionMean(3, conditioner.width) if caption_mean_weight else None
+        self.caption_mean = caption_mean(3, conditioner, caption_mean_weight)
 
     @property
     def network(self) -> Variational:
@@ -60,6 +60,10 @@ class VAEModel(Model):
     @property
     def loss_names(self) -> tuple[str, ...]:
         return ("loss", "reconstruction", "kl", "bits_per_dim")
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, R, R) of what the generator makes: they are pictures."""
+        return x
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         images, network = self.images(batch), self.network

@@ -1,4 +1,4 @@
-"""From a picture and a caption to one logit."""
+"""From a picture, or its latents, and a caption to one logit."""
 
 import math
 
@@ -9,7 +9,7 @@ from carrara.network.pyramid import Pyramid, Tower
 
 
 class Discriminator(nn.Module):
-    """Pictures (B, 3, R, R), conditioning -> logits (B,), high for real pictures of their captions.
+    """Pictures or latents (B, C, R, R), conditioning -> logits (B,), high for real ones of their captions.
 
     The caption is read by the levels' attention, and its pooled vector projects the features (Miyato & Koyama 2018,
     "cGANs with projection discriminator", eq. 4).

@@ -1,4 +1,4 @@
-"""From a noise vector and a caption to a picture in one call."""
+"""From a noise vector and a caption to a picture, or its latents, in one call."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ from carrara.network.pyramid import Pyramid
 
 
 class Generator(nn.Module):
-    """noise (B, noise_width), conditioning -> pictures (B, 3, R, R), about [−1, 1].
+    """noise (B, noise_width), conditioning -> pictures or latents (B, C, R, R).
 
     Noise and pooled vector make the coarsest level, which attention and blocks refine; no style enters further up.
 
@@ -30,7 +30,7 @@ class Generator(nn.Module):
         self.start = nn.Linear(noise_width + pooled_width, pyramid.features)
         self.levels = nn.ModuleList(reversed(pyramid.levels()))
         self.narrow = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(reversed(channels)))
-        self.conv_out = zero_(nn.Conv2d(channels[0], 3 * pyramid.patch**2, 3, padding=1))
+        self.conv_out = zero_(nn.Conv2d(channels[0], pyramid.in_channels * pyramid.patch**2, 3, padding=1))
 
     def forward(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
         x = self.start(torch.cat([noise, conditioning.pooled.to(noise.dtype)], dim=1))

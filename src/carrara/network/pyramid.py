@@ -1,4 +1,4 @@
-"""Levels of residual blocks between pictures and a grid of a few cells, without batch norm."""
+"""Levels of residual blocks between pictures or latents and a grid of a few cells, without batch norm."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,11 +49,12 @@ class Level(nn.Module):
 
 @dataclass(frozen=True)
 class Pyramid:
-    """The shape of a network between pictures and a grid of a few cells.
+    """The shape of a network between pictures, or latents, and a grid of a few cells.
 
     Attributes:
-        resolution: height and width of the pictures.
-        patch: side of the squares of pixels that are one cell of the finest level.
+        in_channels: of the pictures or latents.
+        resolution: their height and width.
+        patch: side of the squares of them that are one cell of the finest level.
         channels: width of each level, finest first; each halves the resolution of the one before.
         attention: whether each level reads the caption.
         num_blocks: residual blocks a level.
@@ -63,6 +64,7 @@ class Pyramid:
         context_width: features of the conditioning's tokens.
     """
 
+    in_channels: int
     resolution: int
     patch: int
     channels: list[int]
@@ -114,13 +116,13 @@ class Pyramid:
 
 
 class Tower(nn.Module):
-    """Pictures (B, 3, R, R) and their captions -> (B, features), the coarsest level as it is."""
+    """Pictures or latents (B, C, R, R) and their captions -> (B, features), the coarsest level as it is."""
 
     def __init__(self, pyramid: Pyramid):
         super().__init__()
         self.patch = pyramid.patch
         channels = pyramid.channels
-        self.conv_in = nn.Conv2d(3 * pyramid.patch**2, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(pyramid.in_channels * pyramid.patch**2, channels[0], 3, padding=1)
         self.levels = nn.ModuleList(pyramid.levels())
         self.widen = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(channels))
 

@@ -1,4 +1,4 @@
-"""Captions to pictures in one call of a generator: GANs and variational auto-encoders."""
+"""Captions to pictures in one call of a generator (and one of a decoder): GANs and variational auto-encoders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,5 +41,5 @@ class OneStep:
         return self.decode(network(self.temperature * noise, conditioning))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, 3, R, R) in [−1, 1]; what the generator makes are pictures."""
-        return z.float().clamp(-1, 1)
+        """Pictures (B, 3, R, R) in [−1, 1] from what the generator makes."""
+        return self.model.decode(z).float().clamp(-1, 1)

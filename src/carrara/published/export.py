@@ -101,7 +101,8 @@ def _of_autoencoder(node: Mapping[str, Any], autoencoder: Autoencoder) -> list[s
 def _of_conditioner(conditioner: nn.Module) -> list[str]:
     if not isinstance(conditioner, Pretrained) or not conditioner.is_clip:
         return ["conditioner=clip or open_clip"]
-    return [] if conditioner.padding == "max_length" else ["conditioner.padding=max_length"]
+    problems = [] if conditioner.padding == "max_length" else ["conditioner.padding=max_length"]
+    return problems if conditioner.layer is None else [*problems, "conditioner.layer=null"]
 
 
 def _autoencoder_node(config: Config) -> Config:
