@@ -53,6 +53,9 @@ def test_a_generator_makes_pictures_in_one_call(workplace: tuple[Path, Path], tm
     cwd, _ = workplace
     (judge,) = (cwd / "runs" / "components").glob("evaluator-*")
     small = [f"size.{model}.channels=[16,16]", f"size.{model}.attention=[false,true]", f"size.{model}.noise_width=8"]
+    if model == "gan":
+        (part,) = (cwd / "runs" / "components").glob("autoencoder-*")
+        small.append(f"part.autoencoder={part}")
     done = run(
         "train.py", *TINY, *small, f"model={model}", "trainer.max_steps=2", "trainer.batch_size=8",
         f"part.evaluator={judge}", f"runs_dir={tmp_path}/runs", cwd=cwd,
@@ -76,6 +79,33 @@ def test_a_generator_makes_pictures_in_one_call(workplace: tuple[Path, Path], tm
     again = json.loads((tmp_path / "again" / "scores.json").read_text())["scores"]
     assert ("val/bits_per_dim" in again) == (model == "vae")
     for name, value in again.items():  # also the bound, whose encoder is exported with the generator
+        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["latent_flow", "pixel_flow"])
+def test_a_flow_makes_pictures_by_its_inverse(workplace: tuple[Path, Path], tmp_path: Path, model: str) -> None:
+    cwd, _ = workplace
+    parts = [
+        f"part.{name}={next((cwd / 'runs' / 'components').glob(name + '-*'))}" for name in ("evaluator", "autoencoder")
+    ]
+    small = [f"size.{model}.width=16", f"size.{model}.num_blocks=2", f"size.{model}.depth=1", f"size.{model}.heads=2"]
+    done = run(
+        "train.py", *TINY, *small, f"model={model}", "trainer.max_steps=2", "trainer.batch_size=8",
+        *parts[: 1 + (model == "latent_flow")], f"runs_dir={tmp_path}/runs", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs" / f"{model}-shapes").iterdir()
+    out = tmp_path / "pictures"
+    done = run("generate.py", f"run={folder}", "prompt=a red circle", "guidance_scale=1", f"out={out}", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out / "grid.png").size == (128, 32)
+    done = run(
+        "evaluate.py", f"run={folder}", "trainer.accelerator=cpu", "trainer.precision=32-true", "batch_size=4",
+        f"out={tmp_path / 'again'}", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, value in json.loads((tmp_path / "again" / "scores.json").read_text())["scores"].items():
         assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 

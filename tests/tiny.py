@@ -379,6 +379,7 @@ def gan_model(**changes: Any) -> GANModel:
         "discriminator": Discriminator(pyramid(), pooled_width=8),
         "autoencoder": Identity(),
         "gradient_penalty": 0.5,
+        "penalty_share": 1.0,
         "caption_mean_weight": 0.0,
         "optimizer": MUON,
         "warmup_steps": 0,

@@ -10,25 +10,29 @@ from torch import Tensor, nn
 from carrara.autoencoder.base import Autoencoder
 from carrara.autoencoder.identity import Identity
 from carrara.conditioner.text import Unconditional
-from carrara.model.gan import GANModel, discriminator_losses
+from carrara.model.gan import GANModel, gradient_penalty
 from carrara.network.conditioning import Conditioning
 from carrara.network.discriminator import Discriminator
 from carrara.network.generator import Generator
 from tests.tiny import SGD, awake, batch, batches, equal, gan_model, kl, pyramid, trainer, weights
 
-# --- the losses of a discriminator ---
+# --- what a discriminator pays ---
 
 
-def test_a_linear_discriminators_losses_in_closed_form():
-    """D(x) = w·x + b: both penalties are |w|², and b cancels."""
+def awake_gan(**changes: Any) -> GANModel:
+    torch.manual_seed(0)
+    model = gan_model(**changes)
+    awake(model.discriminator)
+    return model
+
+
+def test_a_linear_discriminators_penalty_in_closed_form():
+    """D(x) = w·x + b: both slopes are w, at every sample."""
     w, b = torch.randn(12, dtype=torch.float64, requires_grad=True), torch.tensor(3.0, dtype=torch.float64)
     real, fake = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.randn(5, 3, 2, 2, dtype=torch.float64)
-    losses = discriminator_losses(lambda x: x.flatten(1) @ w + b, real, fake)
-    difference = (fake - real).flatten(1) @ w
-    torch.testing.assert_close(losses["discriminator"], torch.log1p(difference.exp()).mean())
-    torch.testing.assert_close(losses["penalty"], 2 * w.square().sum())
-    torch.testing.assert_close(losses["on_real"], real.flatten(1) @ w.detach() + b)
-    (slope,) = torch.autograd.grad(losses["penalty"], w)
+    penalty = gradient_penalty(lambda x: x.flatten(1) @ w + b, real, fake)
+    torch.testing.assert_close(penalty, 2 * w.square().sum().expand(5))
+    (slope,) = torch.autograd.grad(penalty.mean(), w)
     torch.testing.assert_close(slope, 4 * w)  # differentiable itself
 
 
@@ -36,17 +40,39 @@ def test_a_quadratic_discriminators_penalties_are_each_samples_own():
     """D(x) = a|x|²/2: |∇D|² = a²|x|², of the real and of the generated pictures alike."""
     a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     real, fake = torch.randn(4, 6, dtype=torch.float64), 3 * torch.randn(4, 6, dtype=torch.float64)
-    losses = discriminator_losses(lambda x: a * x.square().sum(1) / 2, real, fake)
-    moments = real.square().sum(1).mean() + fake.square().sum(1).mean()
-    torch.testing.assert_close(losses["penalty"], a**2 * moments)
-    (slope,) = torch.autograd.grad(losses["penalty"], a)
-    torch.testing.assert_close(slope, 2 * a * moments)
+    penalty = gradient_penalty(lambda x: a * x.square().sum(1) / 2, real, fake)
+    moments = real.square().sum(1) + fake.square().sum(1)
+    torch.testing.assert_close(penalty, a**2 * moments)
+    (slope,) = torch.autograd.grad(penalty.sum(), a)
+    torch.testing.assert_close(slope, 2 * a * moments.sum())
 
 
 def test_pictures_that_pay_are_not_changed():
     real, fake = torch.randn(2, 3), torch.randn(2, 3)
-    discriminator_losses(lambda x: x.square().sum(1), real, fake)
+    gradient_penalty(lambda x: x.square().sum(1), real, fake)
     assert not real.requires_grad and not fake.requires_grad
+
+
+def test_a_share_of_the_samples_pays_for_all():
+    """Each the same one in any batch, and as much as all in the mean; a batch without one pays nothing."""
+    model = awake_gan(penalty_share=0.25)
+    alone = [float(model.loss(batch([k]))["penalty"].detach()) for k in range(64)]
+    assert 8 <= sum(value > 0 for value in alone) <= 24
+    together = model.loss(batch(range(64)))["penalty"]
+    assert together.item() == pytest.approx(sum(alone) / 64, rel=1e-4)
+    everyone = awake_gan(penalty_share=1.0)
+    whole = [float(everyone.loss(batch([k]))["penalty"].detach()) for k in range(64)]
+    for one, paid in zip(whole, alone, strict=True):
+        assert paid == 0 or paid == pytest.approx(4 * one, rel=1e-4)
+    nobody = batch([alone.index(0.0)])
+    losses = model.loss(nobody)
+    torch.testing.assert_close(losses["loss"], losses["generator"] + losses["discriminator"])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float):
+    with pytest.raises(ValueError, match=r"model.penalty_share must lie in \(0, 1\]"):
+        gan_model(penalty_share=share)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -237,18 +263,19 @@ def test_all_modes_of_a_mixture_are_found():
         PointDiscriminator(),
         Identity(),
         gradient_penalty=0.1,
+        penalty_share=1.0,
         caption_mean_weight=0.0,
         optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3, betas=(0.0, 0.99)),
         warmup_steps=0,
         cooldown=0.5,
-        max_steps=2000,
+        max_steps=3000,
         seed=0,
     )
     configured = model.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
 
     def steps() -> Iterator[dict[str, Any]]:
-        for step in range(2000):
+        for step in range(3000):
             positions = torch.arange(128 * step, 128 * (step + 1))
             yield {"images": ring(128, generator), "captions": [""] * 128, "positions": positions}
 

@@ -12,6 +12,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.model.base import Model, OptimizerFactory
 from carrara.model.conditioned import Conditioned, caption_mean
+from carrara.network.conditioning import Conditioning
 from carrara.network.generator import Generator
 
 Judge = Callable[[Tensor], Tensor]  # pictures or latents (B, C, h, w) -> logits (B,)
@@ -23,7 +24,7 @@ class GANModel(Model):
     Both players learn in one step by one optimizer, as in `AutoencoderModel`: the discriminator's loss sees detached
     pictures, the generator's a detached copy of the discriminator's weights. The conditioner is the generator's: the
     discriminator reads what it says and does not train it. A real and a generated picture of one caption are
-    compared, so that their difference is in what the caption leaves open, or in what the generator gets wrong of it.
+    compared (eq. 2), so that their difference is in what the caption leaves open, or in what the generator gets wrong.
 
     In validation there is no loss: what two players lose to each other does not say how good either is.
 
@@ -33,6 +34,8 @@ class GANModel(Model):
         discriminator: latents, conditioning -> logits (B,).
         autoencoder: frozen.
         gradient_penalty: γ of the penalties R1 and R2.
+        penalty_share: probability, in (0, 1], that they are measured at a sample and then divided by it; they cost more
+            than all the rest.
         caption_mean_weight: of the error of `CaptionMean`, from which the text learns its words; see
             `caption_mean`.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
@@ -48,6 +51,7 @@ class GANModel(Model):
         discriminator: nn.Module,
         autoencoder: Autoencoder,
         gradient_penalty: float,
+        penalty_share: float,
         caption_mean_weight: float,
         optimizer: OptimizerFactory,
         warmup_steps: int,
@@ -55,6 +59,8 @@ class GANModel(Model):
         max_steps: int,
         seed: int,
     ):
+        if not 0 < penalty_share <= 1:
+            raise ValueError(f"model.penalty_share must lie in (0, 1], but is {penalty_share}")
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.generator = Conditioned(network, conditioner)
         self.noise_shape = network.noise_shape
@@ -62,6 +68,7 @@ class GANModel(Model):
         autoencoder.requires_grad_(False)
         self.autoencoder = autoencoder.eval()
         self.gradient_penalty = gradient_penalty
+        self.penalty_share = penalty_share
         self.caption_mean_weight = caption_mean_weight
         self.caption_mean = caption_mean(autoencoder.latent_channels, conditioner, caption_mean_weight)
 
@@ -81,41 +88,43 @@ class GANModel(Model):
         noise = self.normal(batch, "noise", self.noise_shape)
         fake = self.generator.network(noise, conditioning).float()
         told = conditioning.detach()
-        with torch.autocast(fake.device.type, enabled=False):
-            losses = discriminator_losses(lambda x: self.discriminator(x, told), real, fake.detach())
+        on_real, on_fake = (self.discriminator(x, told).float() for x in (real, fake.detach()))
+        losses = {
+            "discriminator": F.softplus(on_fake - on_real).mean(),
+            "penalty": self.penalty(batch, real, fake, told),
+        }
         still = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         on_fake = torch.func.functional_call(self.discriminator, still, (fake, told)).float()
-        losses["generator"] = F.softplus(losses.pop("on_real") - on_fake).mean()
+        losses["generator"] = F.softplus(on_real.detach() - on_fake).mean()
         loss = losses["generator"] + losses["discriminator"] + self.gradient_penalty / 2 * losses["penalty"]
         if self.caption_mean is not None:
             losses["caption_mean"] = self.caption_mean.squared_error(conditioning, real).mean()
             loss = loss + self.caption_mean_weight * losses["caption_mean"]
         return {"loss": loss} | losses
 
+    def penalty(self, batch: dict[str, Any], real: Tensor, fake: Tensor, told: Conditioning) -> Tensor:
+        """An estimate of the batch's mean of `gradient_penalty`, in float32 whatever the autocast."""
+        chosen = self.uniform(batch, "penalty") < self.penalty_share  # the same ones on any number of ranks
+        if not chosen.any():
+            return real.new_zeros(())
+        shown = told.of(chosen)
+        with torch.autocast(real.device.type, enabled=False):
+            found = gradient_penalty(lambda x: self.discriminator(x, shown), real[chosen], fake[chosen].detach())
+        return found.sum() / (self.penalty_share * len(real))
+
     def decode(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, R, R) of what the generator makes."""
         return self.autoencoder.decode(x)
 
 
-def discriminator_losses(judge: Judge, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """What the discriminator pays.
+def gradient_penalty(judge: Judge, real: Tensor, fake: Tensor) -> Tensor:
+    """|∇D(real)|² + |∇D(fake)|² (B,), R1 and R2 without γ/2 (Huang et al. 2024, eq. 3), differentiable themselves.
 
     Args:
         judge: the discriminator; float32, differentiable twice.
-        real: (B, C, h, w).
-        fake: (B, C, h, w) without a gradient, paired with the real ones.
-
-    Returns:
-        `discriminator`, softplus(D(fake) − D(real)) (Jolicoeur-Martineau 2019; Huang et al. 2024, eq. 2);
-        `penalty`, E|∇D(real)|² + E|∇D(fake)|², R1 and R2 without γ/2 (eq. 3); and `on_real`, D(real) (B,) without a
-        gradient.
+        real, fake: (B, C, h, w), without a gradient.
     """
     real, fake = real.clone().requires_grad_(), fake.clone().requires_grad_()
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no second derivative
-        on_real, on_fake = judge(real), judge(fake)
-        slopes = torch.autograd.grad((on_real + on_fake).sum(), (real, fake), create_graph=True)
-    return {
-        "discriminator": F.softplus(on_fake - on_real).mean(),
-        "penalty": torch.stack([slope.square().flatten(1).sum(1).mean() for slope in slopes]).sum(),
-        "on_real": on_real.detach(),
-    }
+        slopes = torch.autograd.grad((judge(real) + judge(fake)).sum(), (real, fake), create_graph=True)
+    return sum((slope.square().flatten(1).sum(1) for slope in slopes), start=real.new_zeros(len(real)))
