@@ -1,5 +1,7 @@
 """Five ways from caption to picture with the same data, minutes and judge: diffusion, autoregression, flow, VAE, GAN.
 
+The flow is of latents and of pixels.
+
 `python -m experiments.families` prints the table of experiments/README.md and draws experiments/families.png. What a
 family trains first and nobody else needs, its auto-encoder, counts into its minutes; the judge does not. More arguments
 go to every training: `trainer.max_steps=2`, say, only to see that all of it runs.
@@ -24,7 +26,8 @@ NAME, SEEDS, SHOWN = "families", (0, 1, 2), 8
 SECONDS = 600.0  # of training
 CALIBRATION = 40  # steps that tell how many fit into them
 FAMILIES = {
-    "diffusion": "latent_unet", "autoregression": "dalle", "flow": "pixel_flow", "VAE": "vae", "GAN": "gan",
+    "diffusion": "latent_unet", "autoregression": "dalle", "flow": "latent_flow", "pixel flow": "pixel_flow",
+    "VAE": "vae", "GAN": "gan",
 }  # fmt: skip
 COLUMNS = ("fd_evaluator", "clip_score", "prompt_accuracy/all", "bits_per_dim")
 
