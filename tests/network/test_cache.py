@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from carrara.network.attention import Attention, attend, rotary_angles
 from carrara.network.cache import Cache
-from carrara.network.layers import Attention, RMSNorm, attend, rotary_angles
+from carrara.network.layers import RMSNorm
 
 N, WIDTH = 7, 16
 

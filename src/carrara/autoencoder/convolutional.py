@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.autoencoder.base import Autoencoder
-from carrara.network.layers import Attention, Downsample, ResidualBlock, Upsample, norm_groups
+from carrara.network.attention import Attention
+from carrara.network.layers import Downsample, ResidualBlock, Upsample, norm_groups
 
 
 class Convolutional(Autoencoder):

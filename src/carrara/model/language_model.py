@@ -49,7 +49,7 @@ class LanguageModelModel(Model):
         return [self.language_model.encoder]
 
     def on_fit_start(self) -> None:
-        if self.device.type == "cpu":  # see `carrara.network.layers.attend`
+        if self.device.type == "cpu":  # see `carrara.network.attention.attend`
             self.language_model.network.set_attn_implementation("eager")
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from carrara.network.attention import Attention, axial_angles, rotary_angles
 from carrara.network.cache import Cache
 from carrara.network.dit import sinusoidal_positions
-from carrara.network.layers import Attention, RMSNorm, SwiGLU, axial_angles, rotary_angles, zero_
+from carrara.network.layers import RMSNorm, SwiGLU, zero_
 from carrara.network.tokenizer import Tokenizer
 
 Choose = Callable[[Tensor, int], Tensor]  # (logits (n · B, num_codes) float32, place of the token) -> tokens (B,)

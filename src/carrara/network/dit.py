@@ -9,18 +9,9 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from carrara.network.attention import Attention, attend, axial_angles, over_grid, rotate
 from carrara.network.conditioning import Conditioning
-from carrara.network.layers import (
-    Attention,
-    RMSNorm,
-    SwiGLU,
-    attend,
-    axial_angles,
-    over_grid,
-    rotate,
-    sinusoidal_embedding,
-    zero_,
-)
+from carrara.network.layers import RMSNorm, SwiGLU, sinusoidal_embedding, zero_
 
 TIME_FEATURES = 256  # of the sinusoidal embedding, as published
 

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from carrara.network.attention import rotary_angles
 from carrara.network.autoregressive import Choose, DecoderBlock, continued
 from carrara.network.conditioning import Conditioning
 from carrara.network.embedding_tokens import EmbeddingTokens
-from carrara.network.layers import RMSNorm, rotary_angles, zero_
+from carrara.network.layers import RMSNorm, zero_
 
 
 class EmbeddingTransformer(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from carrara.network.layers import Attention
+from carrara.network.attention import Attention
 
 _PROJECTIONS = ("query", "key", "value", "out")
 

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from carrara.network.attention import Attention, axial_angles
 from carrara.network.cache import Cache
 from carrara.network.conditioning import Conditioning
 from carrara.network.dit import sinusoidal_positions
-from carrara.network.layers import Attention, RMSNorm, SwiGLU, axial_angles, zero_
+from carrara.network.layers import RMSNorm, SwiGLU, zero_
 
 Guide = Callable[[Tensor], Tensor]  # shifts and log-scales (k · B, 1, 2D) of a patch -> those to take (B, 1, 2D)
 

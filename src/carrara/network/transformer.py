@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from carrara.network.layers import GEGLU, Attention, rotary_angles
+from carrara.network.attention import Attention, rotary_angles
+from carrara.network.layers import GEGLU
 
 
 class EncoderBlock(nn.Module):

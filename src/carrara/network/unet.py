@@ -8,17 +8,9 @@ With channels [320, 640, 1280, 1280], attention [true, true, true, false] and 8 
 import torch
 from torch import Tensor, nn
 
+from carrara.network.attention import Attention
 from carrara.network.conditioning import Conditioning
-from carrara.network.layers import (
-    GEGLU,
-    Attention,
-    Downsample,
-    ResidualBlock,
-    Upsample,
-    norm_groups,
-    sinusoidal_embedding,
-    zero_,
-)
+from carrara.network.layers import GEGLU, Downsample, ResidualBlock, Upsample, norm_groups, sinusoidal_embedding, zero_
 
 
 class TransformerBlock(nn.Module):
