@@ -6,7 +6,7 @@ import re
 import pytest
 
 from carrara.report_chart import Chart, Series, decades, draw, smoothed, thin, ticks
-from carrara.report_score import format_value
+from carrara.report_number import format_value
 
 
 def test_ticks_are_round_and_inside() -> None:

@@ -26,21 +26,9 @@ from carrara.report_folder import (
     read_previews,
     read_strip,
 )
-from carrara.report_score import (
-    ATTRIBUTES,
-    SCORES,
-    SPLITS,
-    Score,
-    format_count,
-    format_duration,
-    format_value,
-    headline,
-    is_score,
-    read_values,
-    score_of,
-    score_rows,
-    split_name,
-)
+from carrara.report_number import format_count, format_duration, format_value
+from carrara.report_score import ATTRIBUTES, SCORES, SPLITS, Score, is_score, score_of, split_name
+from carrara.report_value import headline, read_values, score_rows
 
 COUNTERS = {"step", "images_seen", "epoch", "time"}
 DEFAULT_PROMPT = "a small red circle above a large blue square"

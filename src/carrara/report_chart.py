@@ -7,7 +7,7 @@ from math import ceil, floor, isfinite, log10
 
 from markupsafe import Markup
 
-from carrara.report_score import MINUS, format_count
+from carrara.report_number import MINUS, format_count
 
 WIDTH, HEIGHT = 340, 200
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 14, 38
