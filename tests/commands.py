@@ -48,6 +48,25 @@ def last(folder: Path, name: str) -> float:
     return next(row[name] for row in reversed(rows(folder)) if name in row)
 
 
+def trained_part(cwd: Path, name: str) -> Path:
+    """The folder of the only part of that name that the runs of a working directory share."""
+    (found,) = (cwd / "runs" / "components").glob(f"{name}-*")
+    return found
+
+
+def check_scores_again(folder: Path, out: Path, cwd: Path) -> dict[str, float]:
+    """Evaluates a run once more, and compares with what it logged last; the scores."""
+    done = run(
+        "evaluate.py", f"run={folder}", "trainer.accelerator=cpu", "trainer.precision=32-true", "batch_size=4",
+        f"out={out}", cwd=cwd,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((out / "scores.json").read_text())["scores"]
+    for name, value in scores.items():
+        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    return scores
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A working directory in which a tiny latent U-Net and its parts have been trained; and the run's folder."""

@@ -1,4 +1,7 @@
-"""Every `_target_` in conf/<group>/ lies under carrara.<group>, and its constructor reads every key; a model's hold."""
+"""Every `_target_` in conf/<group>/ lies under carrara.<group>, and its constructor reads every key.
+
+And no option takes back what a model says.
+"""
 
 import inspect
 from collections.abc import Iterator

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from carrara.launch import launch
 from carrara.run_folder import load_config, save_config
-from tests.commands import ROOT, TINY, last, rows, run
+from tests.commands import ROOT, TINY, check_scores_again, last, rows, run, trained_part
 
 
 def test_bare_training_makes_parts_scores_and_a_report(workplace: tuple[Path, Path]) -> None:
@@ -84,13 +84,7 @@ def test_generate_starts_from_a_picture_and_keeps_what_the_mask_does(workplace: 
 
 def test_evaluate_run_repeats_the_runs_scores(workplace: tuple[Path, Path]) -> None:
     cwd, folder = workplace
-    done = run(
-        "evaluate.py", f"run={folder}", "trainer.accelerator=cpu", "trainer.precision=32-true", "batch_size=4",
-        f"out={cwd / 'again'}", cwd=cwd,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for name, value in json.loads((cwd / "again" / "scores.json").read_text())["scores"].items():
-        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    check_scores_again(folder, cwd / "again", cwd)
 
 
 def test_scores_are_the_same_on_any_number_of_ranks(workplace: tuple[Path, Path]) -> None:
@@ -117,7 +111,7 @@ def test_evaluate_folder_of_pictures(workplace: tuple[Path, Path]) -> None:
         run("generate.py", f"run={folder}", "prompt=[a red circle,a blue square]", f"out={out}", cwd=cwd).returncode
         == 0
     )
-    (part,) = (cwd / "runs" / "components").glob("evaluator-*")
+    part = trained_part(cwd, "evaluator")
     data = [a for a in TINY if a.startswith("data.")]
     done = run("evaluate.py", f"images={out}", f"part.evaluator={part}", "trainer.accelerator=cpu", *data, cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -130,8 +124,8 @@ def test_two_ranks_make_one_run_and_agree(workplace: tuple[Path, Path]) -> None:
     weights = []
     for devices in (1, 2):
         runs = f"runs_dir=sgd{devices}"
-        (part,) = (cwd / "runs" / "components").glob("autoencoder-*")
-        (judge,) = (cwd / "runs" / "components").glob("evaluator-*")
+        part = trained_part(cwd, "autoencoder")
+        judge = trained_part(cwd, "evaluator")
         done = run(
             "train.py", *TINY, "model/optimizer=sgd", f"trainer.devices={devices}", runs, "trainer.max_steps=3",
             "trainer.learning_rate=0.01", f"part.autoencoder={part}", f"part.evaluator={judge}", cwd=cwd,
@@ -285,7 +279,7 @@ def test_a_shard_that_is_no_tar_and_one_without_captions_are_named(tmp_path: Pat
 
 def test_a_part_of_the_wrong_width_is_named(workplace: tuple[Path, Path]) -> None:
     cwd, _ = workplace
-    (part,) = (cwd / "runs" / "components").glob("autoencoder-*")
+    part = trained_part(cwd, "autoencoder")
     done = run("train.py", *TINY, f"part.autoencoder={part}", "autoencoder.latent_channels=8", cwd=cwd)
     assert done.returncode == 2
     assert "latent_channels" in done.stderr and "Traceback" not in done.stderr

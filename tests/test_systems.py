@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from carrara.run_folder import load_config
-from tests.commands import TINY, last, run
+from tests.commands import TINY, check_scores_again, last, run, trained_part
 
 
 @pytest.mark.slow
@@ -51,11 +51,10 @@ def test_two_ranks_learn_the_codebook_of_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["gan", "vae"])
 def test_a_generator_makes_pictures_in_one_call(workplace: tuple[Path, Path], tmp_path: Path, model: str) -> None:
     cwd, _ = workplace
-    (judge,) = (cwd / "runs" / "components").glob("evaluator-*")
+    judge = trained_part(cwd, "evaluator")
     small = [f"size.{model}.channels=[16,16]", f"size.{model}.attention=[false,true]", f"size.{model}.noise_width=8"]
     if model == "gan":
-        (part,) = (cwd / "runs" / "components").glob("autoencoder-*")
-        small.append(f"part.autoencoder={part}")
+        small.append(f"part.autoencoder={trained_part(cwd, 'autoencoder')}")
     done = run(
         "train.py", *TINY, *small, f"model={model}", "trainer.max_steps=2", "trainer.batch_size=8",
         f"part.evaluator={judge}", f"runs_dir={tmp_path}/runs", cwd=cwd,
@@ -71,28 +70,20 @@ def test_a_generator_makes_pictures_in_one_call(workplace: tuple[Path, Path], tm
     assert Image.open(out / "grid.png").size == (128, 32)
     wrong = run("generate.py", f"run={folder}", "prompt=a red circle", "num_steps=5", cwd=cwd)
     assert wrong.returncode == 2 and f"{model} is not sampled with a num_steps" in wrong.stderr
-    done = run(
-        "evaluate.py", f"run={folder}", "trainer.accelerator=cpu", "trainer.precision=32-true", "batch_size=4",
-        f"out={tmp_path / 'again'}", cwd=cwd,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    again = json.loads((tmp_path / "again" / "scores.json").read_text())["scores"]
-    assert ("val/bits_per_dim" in again) == (model == "vae")
-    for name, value in again.items():  # also the bound, whose encoder is exported with the generator
-        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    again = check_scores_again(folder, tmp_path / "again", cwd)
+    assert ("val/bits_per_dim" in again) == (model == "vae")  # the bound, whose encoder is exported with the generator
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["latent_flow", "pixel_flow"])
 def test_a_flow_makes_pictures_by_its_inverse(workplace: tuple[Path, Path], tmp_path: Path, model: str) -> None:
     cwd, _ = workplace
-    parts = [
-        f"part.{name}={next((cwd / 'runs' / 'components').glob(name + '-*'))}" for name in ("evaluator", "autoencoder")
-    ]
+    names = ("evaluator", "autoencoder") if model == "latent_flow" else ("evaluator",)
+    parts = [f"part.{name}={trained_part(cwd, name)}" for name in names]
     small = [f"size.{model}.width=16", f"size.{model}.num_blocks=2", f"size.{model}.depth=1", f"size.{model}.heads=2"]
     done = run(
         "train.py", *TINY, *small, f"model={model}", "trainer.max_steps=2", "trainer.batch_size=8",
-        *parts[: 1 + (model == "latent_flow")], f"runs_dir={tmp_path}/runs", cwd=cwd,
+        *parts, f"runs_dir={tmp_path}/runs", cwd=cwd,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / f"{model}-shapes").iterdir()
@@ -100,13 +91,7 @@ def test_a_flow_makes_pictures_by_its_inverse(workplace: tuple[Path, Path], tmp_
     done = run("generate.py", f"run={folder}", "prompt=a red circle", "guidance_scale=1", f"out={out}", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert Image.open(out / "grid.png").size == (128, 32)
-    done = run(
-        "evaluate.py", f"run={folder}", "trainer.accelerator=cpu", "trainer.precision=32-true", "batch_size=4",
-        f"out={tmp_path / 'again'}", cwd=cwd,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    for name, value in json.loads((tmp_path / "again" / "scores.json").read_text())["scores"].items():
-        assert last(folder, name) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    check_scores_again(folder, tmp_path / "again", cwd)
 
 
 @pytest.mark.slow
@@ -134,8 +119,8 @@ def test_two_ranks_train_both_players_as_one_does(tmp_path: Path) -> None:
 def test_shards_are_examined_encoded_searched_and_trained_on(workplace: tuple[Path, Path], tmp_path: Path) -> None:
     cwd, _ = workplace
     data = [setting for setting in TINY if setting.startswith("data.")]
-    (part,) = (cwd / "runs" / "components").glob("autoencoder-*")
-    (judge,) = (cwd / "runs" / "components").glob("evaluator-*")
+    part = trained_part(cwd, "autoencoder")
+    judge = trained_part(cwd, "evaluator")
     health = tmp_path / "health.json"
     done = run("shards.py", "do=doctor", *data, f"out={health}", cwd=cwd)
     assert done.returncode == 0 and "64 that can be used + skipped: none" in done.stdout, done.stderr
@@ -298,7 +283,7 @@ def test_imagen_makes_small_pictures_and_enlarges_them(workplace: tuple[Path, Pa
     done = run("train.py", "model=imagen", *tiny, cwd=cwd)
     assert done.returncode == 0, done.stderr
     (folder,) = (cwd / "runs" / "imagen-shapes").iterdir()
-    (small,) = (cwd / "runs" / "components").glob("small_pictures-*")
+    small = trained_part(cwd, "small_pictures")
     config = load_config(folder)
     assert config["part"]["small_pictures"] == f"runs/components/{small.name}/component"
     assert config["part"]["language_model"] == load_config(small)["part"]["language_model"]

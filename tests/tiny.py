@@ -390,6 +390,12 @@ def gan_model(**changes: Any) -> GANModel:
     return GANModel(**settings | changes)
 
 
+def latent_gan_model(autoencoder: Autoencoder) -> GANModel:
+    """One whose latents are 4 × 2 × 2."""
+    shape = pyramid(in_channels=4, resolution=2, patch=1, channels=[8], attention=[True])
+    return gan_model(network=Generator(shape, 4, 8), discriminator=Discriminator(shape, 8), autoencoder=autoencoder)
+
+
 def vae_model(**changes: Any) -> VAEModel:
     settings: dict[str, Any] = {
         "network": Variational(pyramid(), noise_width=4, pooled_width=8),

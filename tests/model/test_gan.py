@@ -12,9 +12,7 @@ from carrara.autoencoder.identity import Identity
 from carrara.conditioner.text import Unconditional
 from carrara.model.gan import GANModel, gradient_penalty
 from carrara.network.conditioning import Conditioning
-from carrara.network.discriminator import Discriminator
-from carrara.network.generator import Generator
-from tests.tiny import SGD, awake, batch, batches, equal, gan_model, kl, pyramid, trainer, weights
+from tests.tiny import SGD, awake, batch, batches, equal, gan_model, kl, latent_gan_model, trainer, weights
 
 # --- what a discriminator pays ---
 
@@ -128,9 +126,7 @@ def test_both_play_in_the_latents_of_an_autoencoder():
     """The loss of a picture is that of its latents without one; and the auto-encoder does not learn."""
     autoencoder = kl()
     autoencoder.set_statistics(torch.full((4,), 0.5), torch.full((4,), 2.0))
-    shape = {"in_channels": 4, "resolution": 2, "patch": 1, "channels": [8], "attention": [True]}
-    players = {"network": Generator(pyramid(**shape), 4, 8), "discriminator": Discriminator(pyramid(**shape), 8)}
-    model, one = gan_model(autoencoder=autoencoder, **players), batch(range(4))
+    model, one = latent_gan_model(autoencoder), batch(range(4))
     awake(model.generator)
     losses = model.loss(one)
     latents = model.latents(one, autoencoder)

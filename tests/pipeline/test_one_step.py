@@ -5,21 +5,12 @@ import pytest
 import torch
 
 from carrara.errors import UserError
-from carrara.model.gan import GANModel
-from carrara.network.discriminator import Discriminator
-from carrara.network.generator import Generator
 from carrara.pipeline.base import Watch
 from carrara.pipeline.one_step import OneStep
-from tests.tiny import CAPTIONS, awake, gan_model, kl, pyramid, vae_model
-
-
-def latent_gan_model() -> GANModel:
-    shape = pyramid(in_channels=4, resolution=2, patch=1, channels=[8], attention=[True])
-    return gan_model(network=Generator(shape, 4, 8), discriminator=Discriminator(shape, 8), autoencoder=kl())
-
+from tests.tiny import CAPTIONS, awake, gan_model, kl, latent_gan_model, vae_model
 
 every_model = pytest.mark.parametrize(
-    "build", [gan_model, latent_gan_model, vae_model], ids=["gan", "latent_gan", "vae"]
+    "build", [gan_model, lambda: latent_gan_model(kl()), vae_model], ids=["gan", "latent_gan", "vae"]
 )
 
 

@@ -107,7 +107,7 @@ class GANModel(Model):
         chosen = self.uniform(batch, "penalty") < self.penalty_share  # the same ones on any number of ranks
         if not chosen.any():
             return real.new_zeros(())
-        shown = told.of(chosen)
+        shown = told.take(chosen)
         with torch.autocast(real.device.type, enabled=False):
             found = gradient_penalty(lambda x: self.discriminator(x, shown), real[chosen], fake[chosen].detach())
         return found.sum() / (self.penalty_share * len(real))

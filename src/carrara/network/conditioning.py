@@ -43,7 +43,7 @@ class Conditioning:
         pairs = zip(a._fields, b._fields, strict=True)
         return Conditioning(*(None if x is None or y is None else join(x, y) for x, y in pairs))  # type: ignore[arg-type]
 
-    def of(self, rows: Tensor) -> "Conditioning":
+    def take(self, rows: Tensor) -> "Conditioning":
         """That of some samples: rows (N,) int64 or (B,) bool."""
         return Conditioning(*(None if x is None else x[rows] for x in self._fields))  # type: ignore[arg-type]
 
