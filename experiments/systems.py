@@ -51,7 +51,7 @@ def parts(run: Path) -> dict[str, Path]:
 
 
 def minutes(run: Path) -> float:
-    """From its first file to its scores."""
+    """From its first file to its scores; if it was stopped and went on, the pause as well."""
     return ((run / "scores.json").stat().st_mtime - (run / "config.yaml").stat().st_mtime) / 60
 
 

@@ -32,23 +32,30 @@ def encoder(name: str) -> list[str]:
         return ["conditioner=text", *ALONG[name]]
     depth, width, heads = ENCODERS[name]
     sizes = {"depth": depth, "width": width, "heads": heads}
-    return ["conditioner=language_model", *(f"size.language_model.{key}={value}" for key, value in sizes.items())]
+    # the last layer, as Imagen has it; the default for a language model of one's own is another
+    return [
+        "conditioner=language_model",
+        "conditioner.layer=null",
+        *(f"size.language_model.{key}={value}" for key, value in sizes.items()),
+    ]
 
 
 def telling_apart(run: Path) -> list[str]:
-    """Of a run's frozen encoder: perplexity, and how far apart eight colours' features lie at the colour's own place.
+    """Of a run's frozen encoder: perplexity, and how far apart eight colours lie at the colour's own place, by layer.
 
-    In root mean squares over features, of the differences from the colours' mean and of the features themselves.
+    The root mean square of the differences from the colours' mean, over that of the features; of the embeddings first.
     """
     config = load_config(run)
     part = Path(config["part"]["language_model"])
-    encoder = Pretrained(str(part), config["conditioner"]["width"], config["conditioner"]["max_length"])
-    with torch.no_grad():
-        said = encoder([f"a large {colour} circle on black" for colour in COLORS])
-    assert said.mask.all()  # every colour is one token, so the places agree
-    apart = (said.tokens - said.tokens.mean(0)).square().mean((0, 2)).sqrt()
-    perplexity = last_scores(part.parent)["val/perplexity"]
-    return [f"{perplexity:.2f}", f"{float(apart.max()):.3f}", f"{float(said.tokens.square().mean().sqrt()):.3f}"]
+    node, apart = config["conditioner"], []
+    for layer in range(config["language_model"]["depth"] + 1):
+        encoder = Pretrained(str(part), node["width"], node["max_length"], layer=layer)
+        with torch.no_grad():
+            said = encoder([f"a large {colour} circle on black" for colour in COLORS])
+        assert said.mask.all()  # every colour is one token, so the places agree
+        differences = (said.tokens - said.tokens.mean(0)).square().mean((0, 2)).sqrt()
+        apart.append(float(differences.max() / said.tokens.square().mean().sqrt()))
+    return [f"{last_scores(part.parent)['val/perplexity']:.2f}", ", ".join(f"{one:.2f}" for one in apart)]
 
 
 def main() -> None:
@@ -75,7 +82,7 @@ def main() -> None:
     axis.set(xlabel="CLIP score (evaluator)", ylabel="Fréchet distance (evaluator)", yscale="log")
     axis.legend(fontsize=8)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=120)
-    print(table(["frozen", "perplexity", "colours apart", "features"], encoders), end="\n\n")
+    print(table(["frozen", "perplexity", "colours apart, by layer"], encoders), end="\n\n")
     print(table(["U-Net", "text encoder", "all", "relation", "fd_evaluator", "clip_score"], rows))
 
 
