@@ -188,7 +188,12 @@ def test_the_captions_mean_teaches_the_text_and_no_player():
     model, one = gan_model(caption_mean_weight=2.0, optimizer=SGD), batch(range(4))
     losses = model.loss(one)
     plain = losses["generator"] + losses["discriminator"] + 0.25 * losses["penalty"]
-    torch.testing.assert_close(losses["loss"], plain + 2 * losses["caption_mean"])
+    torch.testing.assert_close(losses["loss"], plain)  # its gradient is added, and not its value
+    head = model.caption_mean.out.weight  # type: ignore[union-attr]
+    of_loss, of_error = (
+        torch.autograd.grad(losses[name], head, retain_graph=True) for name in ("loss", "caption_mean")
+    )
+    torch.testing.assert_close(of_loss[0], 2 * of_error[0])
     losses["caption_mean"].backward()
     assert any(g.any() for g in gradients(model.generator.conditioner))
     for player in (model.generator.network, model.discriminator):

@@ -97,10 +97,9 @@ class GANModel(Model):
         on_fake = torch.func.functional_call(self.discriminator, still, (fake, told)).float()
         losses["generator"] = F.softplus(on_real.detach() - on_fake).mean()
         loss = losses["generator"] + losses["discriminator"] + self.gradient_penalty / 2 * losses["penalty"]
-        if self.caption_mean is not None:
-            losses["caption_mean"] = self.caption_mean.squared_error(conditioning, real).mean()
-            loss = loss + self.caption_mean_weight * losses["caption_mean"]
-        return {"loss": loss} | losses
+        if self.caption_mean is None:
+            return {"loss": loss} | losses
+        return losses | self.caption_mean.beside(loss, self.caption_mean_weight, conditioning, real)
 
     def penalty(self, batch: dict[str, Any], real: Tensor, fake: Tensor, told: Conditioning) -> Tensor:
         """An estimate of the batch's mean of `gradient_penalty`, in float32 whatever the autocast."""
