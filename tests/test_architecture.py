@@ -89,6 +89,12 @@ def test_a_language_model_that_is_not_trained_yet_is_planned_with(objective, siz
     assert config["network"]["context_width"] == config["language_model"]["width"]
 
 
+def test_a_layer_that_a_language_model_will_not_have_is_refused_before_it_is_trained():
+    chosen = ["conditioner=language_model", "conditioner.layer=4", "size=demo"]
+    with pytest.raises(UserError, match=r"conditioner\.layer=4, but this language model has 3 blocks"):
+        meta_modules(compose(CONF, "train", chosen).config)
+
+
 def test_a_conditioner_without_its_language_model_is_refused():
     config = compose(CONF, "train", ["conditioner=language_model", "part.language_model=null", "size=demo"]).config
     with pytest.raises(UserError, match=r"part\.language_model=null, but the conditioner reads it"):

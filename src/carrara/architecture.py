@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 
 import hydra.utils
 import torch
@@ -11,6 +12,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.autoencoder.identity import Identity
 from carrara.build import ARCHITECTURES, read_language_model
 from carrara.conditioner.base import Conditioner
+from carrara.conditioner.pretrained import check_layer
 from carrara.config import Config, build
 from carrara.data.buckets import bucket_sizes
 from carrara.errors import UserError
@@ -124,7 +126,9 @@ def optimizer_bytes(model: nn.Module) -> int:
 
 
 def _build(config: Config, name: str) -> nn.Module:
-    if name == "conditioner" and read_language_model(config) is not None:
+    if name == "conditioner" and (part := read_language_model(config)) is not None:
+        if not Path(part).exists():  # or it is asked itself, once it is read
+            check_layer("this language model", config[name].get("layer"), config["language_model"]["depth"])
         return Conditioner(config[name]["width"])  # has no weights but the part's, which may not be trained yet
     module = build(config[name])
     assert isinstance(module, nn.Module)

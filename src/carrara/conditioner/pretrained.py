@@ -212,8 +212,15 @@ def _check_settings(model: str, config: Any, width: int, max_length: int, layer:
     if max_length < _SHORTEST or (most is not None and max_length > most):
         there = f"from {_SHORTEST} on" if most is None else f"from {_SHORTEST} to {most}"
         raise UserError(f"conditioner.max_length={max_length}, but {model} takes captions of {there} tokens")
-    if layer is not None and not 0 <= layer <= config.num_hidden_layers:
-        raise UserError(f"conditioner.layer={layer}, but {model} has blocks 0 to {config.num_hidden_layers}, or null")
+    check_layer(model, layer, config.num_hidden_layers)
+
+
+def check_layer(model: str, layer: int | None, depth: int) -> None:
+    """A `layer` that a model of so many blocks does not have is a `UserError`."""
+    if layer is not None and not 0 <= layer <= depth:
+        raise UserError(
+            f"conditioner.layer={layer}, but {model} has {depth} blocks: 0 to {depth}, or null for the last"
+        )
 
 
 def _check_padding(padding: str, family: "_Family") -> None:
