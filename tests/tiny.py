@@ -381,6 +381,8 @@ def gan_model(**changes: Any) -> GANModel:
         "gradient_penalty": 0.5,
         "penalty_share": 1.0,
         "caption_mean_weight": 0.0,
+        "player_betas": (0.5, 0.99),
+        "text_learning_rate": 0.01,
         "optimizer": MUON,
         "warmup_steps": 0,
         "cooldown": 0.0,

@@ -212,6 +212,24 @@ def test_a_batch_is_one_step_of_both_players(tmp_path):
         assert names and not equal(before, after, names)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_players_take_steps_of_adamw_and_the_text_muons(weight: float):
+    """Each group with its own learning rate, which the schedule scales; everything that is trained is in one group."""
+    model = gan_model(caption_mean_weight=weight, player_betas=(0.3, 0.8), text_learning_rate=0.5, warmup_steps=1)
+    optimizer = model.configure_optimizers()["optimizer"]
+    named = {id(p): name for name, p in model.named_parameters()}
+    stepped = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(stepped) == sorted(named.values())
+    for group in optimizer.param_groups:
+        names = {named[id(p)] for p in group["params"]}
+        if any(name.startswith(("generator.network.", "discriminator.")) for name in names):
+            assert all(name.startswith(("generator.network.", "discriminator.")) for name in names)
+            assert not group["muon"] and group["betas"] == (0.3, 0.8) and group["lr"] == 0.5 * 1e-3
+        else:
+            assert group["lr"] == 0.5 * 0.5 and group["betas"] == (0.9, 0.99)
+    assert any(group["muon"] and group["params"] for group in optimizer.param_groups)
+
+
 # --- it learns a distribution ---
 
 
@@ -266,7 +284,9 @@ def test_all_modes_of_a_mixture_are_found():
         gradient_penalty=0.1,
         penalty_share=1.0,
         caption_mean_weight=0.0,
-        optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3, betas=(0.0, 0.99)),
+        player_betas=(0.0, 0.99),
+        text_learning_rate=1e-3,
+        optimizer=lambda groups: torch.optim.Adam(groups, lr=1e-3),
         warmup_steps=0,
         cooldown=0.5,
         max_steps=3000,

@@ -76,8 +76,12 @@ class Model(lightning.LightningModule):
         loss = losses["loss"]
         return losses | {"loss": loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)}
 
+    def parameter_groups(self) -> list[dict]:
+        """What the optimizer steps; a group's own settings go before the optimizer's."""
+        return parameter_groups(self)
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(parameter_groups(self))
+        optimizer = self.optimizer_factory(self.parameter_groups())
         factor = warmup_cooldown(self.warmup_steps, self.max_steps, self.cooldown)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -12,6 +12,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
 from carrara.model.base import Model, OptimizerFactory
 from carrara.model.conditioned import Conditioned, caption_mean
+from carrara.model.optimizer import parameter_groups
 from carrara.network.conditioning import Conditioning
 from carrara.network.generator import Generator
 
@@ -22,8 +23,9 @@ class GANModel(Model):
     """R3GAN (Huang et al. 2024, "The GAN is dead; long live the GAN! A modern baseline GAN"), told the captions.
 
     Both players learn in one step by one optimizer, as in `AutoencoderModel`: the discriminator's loss sees detached
-    pictures, the generator's a detached copy of the discriminator's weights. The conditioner is the generator's: the
-    discriminator reads what it says and does not train it. A real and a generated picture of one caption are
+    pictures, the generator's a detached copy of the discriminator's weights. Muon gives them the steps of AdamW, with
+    betas of their own, and its own to the text. The conditioner is the generator's: the discriminator reads what it
+    says and does not train it. A real and a generated picture of one caption are
     compared (eq. 2), so that their difference is in what the caption leaves open, or in what the generator gets wrong.
 
     In validation there is no loss: what two players lose to each other does not say how good either is.
@@ -38,6 +40,9 @@ class GANModel(Model):
             than all the rest.
         caption_mean_weight: of the error of `CaptionMean`, from which the text learns its words; see
             `caption_mean`.
+        player_betas: of both players' AdamW. A low first one, for what was downhill a while ago is not where the other
+            player stands now.
+        text_learning_rate: of the text and of `CaptionMean`; the optimizer's own is the players'.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -53,6 +58,8 @@ class GANModel(Model):
         gradient_penalty: float,
         penalty_share: float,
         caption_mean_weight: float,
+        player_betas: tuple[float, float],
+        text_learning_rate: float,
         optimizer: OptimizerFactory,
         warmup_steps: int,
         cooldown: float,
@@ -71,6 +78,8 @@ class GANModel(Model):
         self.penalty_share = penalty_share
         self.caption_mean_weight = caption_mean_weight
         self.caption_mean = caption_mean(autoencoder.latent_channels, conditioner, caption_mean_weight)
+        self.player_betas = player_betas
+        self.text_learning_rate = text_learning_rate
 
     @property
     def hot(self) -> list[nn.Module]:
@@ -79,6 +88,14 @@ class GANModel(Model):
     @property
     def loss_names(self) -> tuple[str, ...]:
         return ()
+
+    def parameter_groups(self) -> list[dict]:
+        players = nn.ModuleList([self.generator.network, self.discriminator])
+        text = nn.ModuleList([self.generator.conditioner, self.caption_mean or nn.Identity()])
+        own = {"muon": False, "betas": self.player_betas}
+        return [group | own for group in parameter_groups(players)] + [
+            group | {"lr": self.text_learning_rate} for group in parameter_groups(text)
+        ]
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         if u is not None:
