@@ -135,6 +135,9 @@ def test_other_words_are_mistakes(arguments, message):
         split_flags(arguments)
 
 
+FULL = "error: the disk is full (No space left on device): make room, then start the same command again\n"
+
+
 def run_cli(body: str) -> subprocess.CompletedProcess[str]:
     code = f"""
 import os, signal
@@ -155,6 +158,7 @@ cli(main)
         ("print(chr(0xdce9))", 0, ""),  # of a file's name that is no UTF-8
         ("raise UserError('part.x: none')", 2, "error: part.x: none\n"),
         ("raise RunFailed(137)", 137, ""),
+        ("open('/dev/full', 'w').write('x' * 10000)", 1, FULL),
         ("os.kill(os.getpid(), signal.SIGTERM)", 128 + signal.SIGTERM, ""),
         ("os.kill(os.getpid(), signal.SIGINT)", 128 + signal.SIGINT, ""),
     ],

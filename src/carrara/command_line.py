@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from carrara.errors import MachineError, UserError
+from carrara.errors import MachineError, UserError, full_disk
 from carrara.signals import SIGNALS, exit_on_signal
 
 FREE_TEXT = frozenset(
@@ -154,7 +154,8 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def cli(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a command on `sys.argv` and exits without a traceback.
 
-    The code is 0, 2 for a user's mistake, 1 for a `MachineError`, 128 + n for signal n, or that of a `RunFailed`.
+    The code is 0, 2 for a user's mistake, 1 for a `MachineError` or a full disk, 128 + n for signal n, or that of a
+    `RunFailed`.
     """
     for signum in SIGNALS:
         signal.signal(signum, exit_on_signal)
@@ -172,6 +173,12 @@ def cli(main: Callable[[list[str]], None]) -> NoReturn:
         code = 1
     except RunFailed as failure:
         code = failure.code
+    except OSError as error:
+        full = full_disk(error)
+        if full is None:
+            raise
+        show_error(full)
+        code = 1
     sys.exit(code)
 
 

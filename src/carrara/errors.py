@@ -1,4 +1,6 @@
-"""The one exception for a user's mistake."""
+"""The exceptions that end a command with one line in place of a traceback."""
+
+import errno
 
 
 class UserError(Exception):
@@ -10,3 +12,11 @@ class UserError(Exception):
 
 class MachineError(Exception):
     """Something outside of the run failed; the message says what in one line. Started again, the run may go on."""
+
+
+def full_disk(error: Exception) -> MachineError | None:
+    """What to say of a write for which there was no room; None of any other error."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    return MachineError(f"the disk is full{where} ({error.strerror}): make room, then start the same command again")

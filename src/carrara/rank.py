@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from carrara.command_line import RunFailed, show_log
-from carrara.errors import MachineError, UserError
+from carrara.errors import MachineError, UserError, full_disk
 from carrara.signals import SIGNALS, exit_on_signal
 
 _PR_SET_PDEATHSIG = 1
@@ -39,8 +39,9 @@ def rank_main(run: Callable[[Path], None]) -> NoReturn:
         code = 1
     except RunFailed as failure:
         code = failure.code
-    except Exception:  # the process ends here: its traceback is handed to the launcher, not swallowed
-        _report(traceback.format_exc())
+    except Exception as error:  # the process ends here: its traceback is handed to the launcher, not swallowed
+        full = full_disk(error)
+        _report(traceback.format_exc() if full is None else f"error: {full}\n")
         code = 1
     sys.exit(code)
 
