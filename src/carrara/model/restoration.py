@@ -19,8 +19,9 @@ _AROUND = ((0.5, 1.0, 0.5), (1.0, 0.0, 1.0), (0.5, 1.0, 0.5))
 class RestorationModel(Model):
     """Minimises the distance of the restored picture from another noisy version of it (Lehtinen et al. 2018).
 
-    The network is shown version 0 of a picture, as a file holds it. Both versions are fixed by the picture's key, as
-    if it had been taken twice; there are no more of them, however often it is visited. The distance is the squared
+    The network is shown one of two versions of a picture, as a file holds it; a toss, keyed by the position in the
+    stream, says which, so that both serve as targets. They are fixed by the picture's key, as if it had been taken
+    twice; there are no more of them, however often it is visited. The distance is the squared
     error, or the absolute error where the corruption leaves not the mean but the median in its place; targets are not
     cut off at black and white, which would move their mean.
 
@@ -28,8 +29,8 @@ class RestorationModel(Model):
         network: network(x, time, conditioning) -> like x, at time 0.
         conditioner: of the empty caption.
         corruption: what makes the noisy versions.
-        target: `noisy`: version 1. `clean`: the picture itself. `self`: version 0 itself at masked pixels, which the
-            network does not see (Batson & Royer 2019, "Noise2Self", section 3; Krull et al. 2019, "Noise2Void").
+        target: `noisy`: the other version. `clean`: the picture itself. `self`: the shown version itself at masked
+            pixels, which the network does not see (Batson & Royer 2019, "Noise2Self", section 3; Krull et al. 2019, "Noise2Void").
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -60,13 +61,16 @@ class RestorationModel(Model):
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         clean = self.images(batch)
-        version = self.corruption(clean, batch["keys"], 0)
+        first, second = (self.corruption(clean, batch["keys"], number) for number in (0, 1))
+        toss = self.uniform(batch, "version") if u is None else torch.zeros(len(clean), device=clean.device)
+        swapped = (toss > 0.5)[:, None, None, None]
+        version, other = torch.where(swapped, second, first), torch.where(swapped, first, second)
         noisy = as_stored(version)
         if self.target == "self":
             mask = masked_pixels(self.uniform(batch, "mask"), noisy.shape[2], noisy.shape[3])
             error = self._distance(restored(self.restoration, without(mask, noisy)), version)
             return {"loss": (error * mask).sum() / (mask.sum() * error.shape[1])}
-        target = clean if self.target == "clean" else self.corruption(clean, batch["keys"], 1)
+        target = clean if self.target == "clean" else other
         return {"loss": self._distance(restored(self.restoration, noisy), target).mean()}
 
     def _distance(self, answer: Tensor, target: Tensor) -> Tensor:
