@@ -52,7 +52,8 @@ def parts(run: Path) -> dict[str, Path]:
 
 def minutes(run: Path) -> float:
     """From its first file to its scores; if it was stopped and went on, the pause as well."""
-    return ((run / "scores.json").stat().st_mtime - (run / "config.yaml").stat().st_mtime) / 60
+    first = min(path.stat().st_mtime for path in run.iterdir())  # config.yaml is written anew at every start
+    return ((run / "scores.json").stat().st_mtime - first) / 60
 
 
 def figure(run: Path, name: str) -> str:
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str]) -> None:
     for name in names:
         command, figures = SYSTEMS[name]
         run = trained(NAME, name, [*command.split(), *more])
-        picture(run, name)
+        if not more:
+            picture(run, name)
         whole = {str(one): minutes(one) for one in [*parts(run).values(), run]}
         lines.append(
             [

@@ -21,9 +21,9 @@ RUNS = Path("runs")
 def trained(experiment: str, label: str, overrides: Sequence[str]) -> Path:
     """The folder of the run that `train.py` with these overrides makes; it is trained only if it is not there.
 
-    Runs lie in runs/<experiment>/<label>; the parts that they need are those of all other runs.
+    Runs lie in runs/<experiment>/<label>-<hash of the overrides>; the parts that they need are those of all other runs.
     """
-    place = RUNS / experiment / label
+    place = RUNS / experiment / f"{label}-{_hash(list(overrides))}"
     place.mkdir(parents=True, exist_ok=True)
     (RUNS / "components").mkdir(exist_ok=True)
     if not (place / "components").is_symlink():
@@ -44,13 +44,17 @@ def _finished(place: Path) -> list[Path]:
 
 def scores(run: Path, num_images: int, order: Mapping[str, Any]) -> dict[str, float]:
     """Scores of a run sampled in another way, by `evaluate.py`: order has keys of its own, such as num_steps."""
-    name = hashlib.sha256(json.dumps([num_images, dict(order)], sort_keys=True).encode()).hexdigest()[:12]
+    name = _hash([num_images, dict(order)])
     out = run / "experiment" / name
     if not (out / "scores.json").is_file():
         overrides = [f"{key}={value}" for key, value in {**order, "num_images": num_images}.items()]
         command = [sys.executable, str(ROOT / "evaluate.py"), f"run={run}", *overrides, f"out={out}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return last_scores(out)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def last_scores(folder: Path) -> dict[str, float]:

@@ -122,6 +122,13 @@ def test_a_transformer_that_does_not_fit_is_refused(key):
         check_fit(config, meta_modules(config)[0])
 
 
+@pytest.mark.parametrize("key", ["patch=3", "in_channels=5", "context_width=77", "pooled_width=7"])
+def test_a_flow_that_does_not_fit_is_refused(key):
+    config = compose(CONF, "train", ["model=latent_flow", f"network.{key}", "size=demo"]).config
+    with pytest.raises(UserError, match=r"does not fit latents of \(4, 8, 8\) and captions of width 128"):
+        check_fit(config, meta_modules(config)[0])
+
+
 @pytest.mark.parametrize(("model", "shape"), [("gan", "4, 8, 8"), ("vae", "3, 32, 32")])
 @pytest.mark.parametrize(
     "key", ["pyramid.in_channels=5", "pyramid.resolution=16", "pyramid.context_width=77", "pooled_width=7"]

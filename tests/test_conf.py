@@ -13,6 +13,8 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from carrara.config import compose
+
 CONF = Path(__file__).parents[1] / "conf"
 HYDRA_KEYS = {"defaults", "_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 
@@ -127,3 +129,10 @@ def test_what_a_models_yaml_says_holds(model: str):
         composed = OmegaConf.to_container(hydra.compose("train", [f"model={model}"]), resolve=False)
     found = dict(leaves(composed))
     assert {path: found[path] for path, _ in leaves(said)} == dict(leaves(said))
+
+
+@pytest.mark.parametrize(
+    ("model", "highest"), [("latent_unet", True), ("super_resolution", False), ("language_model", False)]
+)
+def test_the_best_checkpoints_are_those_with_the_least_distance_or_the_most_of_anything_else(model, highest):
+    assert compose(CONF, "train", [f"model={model}"]).config["trainer"]["best_is_highest"] is highest

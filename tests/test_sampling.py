@@ -12,8 +12,8 @@ from carrara.command import train
 from carrara.config import compose
 from carrara.errors import UserError
 from carrara.run_folder import save_config
-from carrara.sampling import SAMPLING_KEYS, check_steps, load_weak, set_sampling
-from tests.tiny import diffusion_model, kl
+from carrara.sampling import SAMPLING_KEYS, check_likelihood, load_weak, set_sampling
+from tests.tiny import classifier_model, diffusion_model, kl
 
 CONF = Path(__file__).parents[1] / "conf"
 NOTHING: dict[str, Any] = dict.fromkeys(SAMPLING_KEYS)
@@ -55,6 +55,9 @@ def test_what_a_pipeline_has_is_set_there():
     config = {"name": "dalle", "pipeline": {"temperature": 1.0, "guidance_scale": 1.0}}
     set_sampling(config, CONF, NOTHING | {"temperature": 0.5, "guidance_scale": 3.0})
     assert config["pipeline"] == {"temperature": 0.5, "guidance_scale": 3.0}
+    for value in ("abc", float("nan")):
+        with pytest.raises(UserError, match="temperature must be a number, not"):
+            set_sampling(config, CONF, NOTHING | {"temperature": value})
     with pytest.raises(UserError, match="dalle is not sampled with a sampler: leave it out"):
         set_sampling(config, CONF, NOTHING | {"sampler": "ddim"})
 
@@ -111,14 +114,15 @@ def test_singular_spacings_and_bounds_on_latents_are_refused(config):
     ("steps", "message"), [(0, "num_steps is 0"), (1001, "table has 1000"), (2.5, "num_steps is 2.5")]
 )
 def test_impossible_likelihood_steps(config, steps, message):
-    check_steps(config, 1000)
+    check_likelihood(config, diffusion_model(), 1000)
     with pytest.raises(UserError, match=f"likelihood_steps={steps}: .*{message}"):
-        check_steps(config, steps)
+        check_likelihood(config, diffusion_model(), steps)
 
 
-def test_likelihood_steps_are_of_diffusion():
-    with pytest.raises(UserError, match="dalle is no diffusion, which likelihood_steps is for: leave it out"):
-        check_steps({"name": "dalle", "pipeline": {}}, 100)
+@pytest.mark.parametrize("model", [classifier_model(["a", "b"]), diffusion_model(kl(downsampling=4))])
+def test_likelihood_steps_are_of_diffusion_in_pixels(config, model):
+    with pytest.raises(UserError, match="pixel_unet is no diffusion of pixels, which likelihood_steps is for: leave"):
+        check_likelihood(config, model, 100)
 
 
 def test_a_weak_model_where_nothing_is_guided(config, tmp_path):
@@ -163,6 +167,20 @@ def test_a_weak_model_of_something_else_is_refused(config, tmp_path, monkeypatch
     )
     with pytest.raises(UserError, match=f"weak=weak cannot guide this run: .*{message}"):
         load_weak("weak", config, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["dalle2", "imagen", "prior"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_weak_model_of_another_kind_is_refused(config, tmp_path, monkeypatch, name, ours):
+    """Nor is DALL-E 2's decoder guided by a weak one, were it its own."""
+    other = compose(CONF, "train", [f"model={name}"]).config
+    mine, theirs = (other, config) if ours else (config, other)
+    (tmp_path / "weak").mkdir()
+    save_config(tmp_path / "weak", theirs)
+    guide = diffusion_model()
+    monkeypatch.setattr("carrara.sampling.load_trained", lambda folder, checkpoint=None: (theirs, guide, {}))
+    with pytest.raises(UserError, match=rf"weak=weak trained {theirs['name']}, which cannot guide {mine['name']}"):
+        load_weak("weak", mine, tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """From a published pipeline to one that `diffusers` opens, as a user types it."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from carrara.callback.checkpoint_file import newest_valid
 from tests.published.pipelines import LENGTH, WIDTH, save_pipeline
@@ -54,6 +56,11 @@ def test_additions_are_trained_exported_and_opened(tmp_path):
     assert imported == ["autoencoder", "network"]
 
     succeeded(run("generate.py", f"run={folder}", "export=exported", cwd=tmp_path))
+    shutil.move(folder / "component", tmp_path / "component")  # before it has ended, from its checkpoint
+    succeeded(run("generate.py", f"run={folder}", "export=early", cwd=tmp_path))
+    shutil.move(tmp_path / "component", folder / "component")
+    ended, early = (load_file(next((tmp_path / name / "unet").glob("*.safetensors"))) for name in ("exported", "early"))
+    assert ended.keys() == early.keys() and all(torch.allclose(ended[key], early[key], atol=1e-6) for key in ended)
     noise = torch.randn(1, 4, 16, 16)
     ours = pictures(StableDiffusionPipeline.from_pretrained(tmp_path / "exported"), noise)
     base = StableDiffusionPipeline.from_pretrained(published)

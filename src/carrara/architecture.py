@@ -19,6 +19,7 @@ from carrara.errors import UserError
 from carrara.model.base import Model
 from carrara.network.conditioning import Conditioning
 from carrara.network.generator import Generator
+from carrara.network.tarflow import TarFlow
 from carrara.network.variational import Variational
 
 
@@ -44,7 +45,7 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], Model]:
 
 
 def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
-    """Calls a noise predictor, a network that restores, or a generator once on shapes without numbers.
+    """Calls a noise predictor, a network that restores, a flow or a generator once on shapes without numbers.
 
     Args:
         config: of the run.
@@ -55,7 +56,7 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     """
     if "corruption" in config:
         autoencoder: nn.Module = Identity()  # pictures are restored as they are
-    elif "diffusion" in config and "autoencoder" in modules:
+    elif "autoencoder" in modules and ("diffusion" in config or isinstance(modules.get("network"), TarFlow)):
         autoencoder = modules["autoencoder"]
     else:
         if isinstance(modules.get("network"), Generator | Variational):
@@ -66,7 +67,8 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     data, width = config["data"], conditioner.width
     for height_px, width_px in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):
         shape = autoencoder.latent_shape(height_px, width_px)
-        problem = _problem(network, (shape, ()), shape, width)
+        time: tuple[tuple[int, ...], ...] = () if isinstance(network, TarFlow) else ((),)
+        problem = _problem(network, (shape, *time), shape, width)
         if problem is None:
             continue
         if height_px == width_px:
@@ -108,7 +110,8 @@ def _problem(network: nn.Module, inputs: tuple[tuple[int, ...], ...], shape: tup
         texts = Conditioning(torch.empty(1, 2, width), mask, torch.empty(1, width))
         conditioning = texts.with_picture(torch.empty(1, 3, *shape[1:]), torch.empty(1))  # for networks that take one
         try:
-            answer = tuple(network(*(torch.empty(1, *one) for one in inputs), conditioning).shape[1:])
+            answer = network(*(torch.empty(1, *one) for one in inputs), conditioning)
+            answer = tuple((answer[0] if isinstance(answer, tuple) else answer).shape[1:])  # a flow's has its log-det.
         except (RuntimeError, ValueError) as mistake:
             return str(mistake).partition("\n")[0].rstrip(".")
     return None if answer == shape else f"it answers with {answer}"

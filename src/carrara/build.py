@@ -170,14 +170,14 @@ def _wanted(factory: Callable[..., Any], available: Mapping[str, Any]) -> dict[s
     return {name: available[name] for name in available.keys() & inspect.signature(factory).parameters.keys()}
 
 
-def usable_cache(config: Config, data: ShardData, modules: Mapping[str, nn.Module]) -> Use:
-    """What of the shards' cache a run trains on: nothing if there is none, or if it learns from pictures.
+def usable_cache(config: Config, data: ShardData, model: Model, modules: Mapping[str, nn.Module]) -> Use:
+    """What of the shards' cache a run trains on: nothing if there is none, or if the model learns from pictures.
 
     Raises:
         UserError: there is a cache, made with something else than the run has.
     """
     autoencoder, conditioner = modules.get("autoencoder"), modules.get("conditioner")
-    if "diffusion" not in config or (config.get("part") or {}).get("autoencoder") is None:
+    if not model.takes_latents or (config.get("part") or {}).get("autoencoder") is None:
         return "pictures"
     found = data.cached
     if found is None:

@@ -55,6 +55,19 @@ def _create(parent: Path) -> Path:
     raise AssertionError
 
 
+def made_folder(out: Path) -> Path:
+    """The folder that `out=` names, there from now on.
+
+    Raises:
+        UserError: there is a file of that name, or it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be made a folder: {error.strerror}") from None
+    return out
+
+
 def save_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes the resolved config where the run's processes read it."""
     save_yaml(folder / _CONFIG, config)

@@ -1,6 +1,7 @@
 """Sampling a trained run in another way than it was sampled in training."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from carrara.component import read_component
 from carrara.config import Config, build, load_yaml
 from carrara.diffusion.spacing import Uniform
 from carrara.errors import UserError
+from carrara.model.base import Model
 from carrara.model.diffusion import DiffusionModel
+from carrara.model.super_resolution import SuperResolutionModel
+from carrara.model.unclip import UnCLIPModel
 from carrara.run_folder import component_folder, find_run, is_finished
 
 _OPTIONS = ("sampler", "spacing", "thresholding")
@@ -26,6 +30,7 @@ _VALUES = {
 _OF_PIPELINES = ("temperature", "top_k", "top_p", "candidates")  # and whatever of the others a pipeline has
 SAMPLING_KEYS = (*_OPTIONS, *_VALUES, *_OF_PIPELINES)  # of generate.py and evaluate.py
 _DENOISING = ("schedule", "parameterization")
+_NUMBERS = ("temperature", "top_p", "guidance_scale")  # of pipelines
 
 
 def load_weak(reference: str, config: Config, runs_dir: Path, device: torch.device) -> tuple[DiffusionModel, str]:
@@ -50,6 +55,8 @@ def load_weak(reference: str, config: Config, runs_dir: Path, device: torch.devi
     theirs, model, _ = load_trained(folder, checkpoint=checkpoint)
     if not isinstance(model, DiffusionModel):
         raise UserError(f"weak={reference} trained {theirs['name']}, which makes no pictures")
+    if isinstance(model, UnCLIPModel) or theirs["model"]["_target_"] != config["model"]["_target_"]:
+        raise UserError(f"weak={reference} trained {theirs['name']}, which cannot guide {config['name']}")
     for key, mine, other in (
         *((f"diffusion.{key}", config["diffusion"][key], theirs["diffusion"][key]) for key in _DENOISING),
         ("data.resolution", config["data"]["resolution"], theirs["data"]["resolution"]),
@@ -83,6 +90,8 @@ def set_sampling(config: Config, conf_dir: Path, order: Mapping[str, Any]) -> No
         raise UserError(f"{config['name']} samples nothing: leave {', '.join(given)} out")
     for key, value in given.items():
         if key in config["pipeline"]:
+            if key in _NUMBERS and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise UserError(f"{key} must be a number, not {value!r}")
             config["pipeline"][key] = value
         elif "diffusion" not in config or key in _OF_PIPELINES:
             raise UserError(f"{config['name']} is not sampled with a {key}: leave it out")
@@ -96,14 +105,15 @@ def set_sampling(config: Config, conf_dir: Path, order: Mapping[str, Any]) -> No
             node[last] = value
 
 
-def check_steps(config: Config, likelihood_steps: Any) -> None:
-    """The schedule has so many steps.
+def check_likelihood(config: Config, model: Model, likelihood_steps: Any) -> None:
+    """The model has a likelihood of pixels, and its schedule so many steps.
 
     Raises:
-        UserError: it has not, or it is no number of steps; or the run has no schedule.
+        UserError: it has not, or it is no number of steps.
     """
-    if "diffusion" not in config:
-        raise UserError(f"{config['name']} is no diffusion, which likelihood_steps is for: leave it out")
+    in_pixels = isinstance(model, DiffusionModel) and model.autoencoder.is_identity
+    if not in_pixels or isinstance(model, SuperResolutionModel):
+        raise UserError(f"{config['name']} is no diffusion of pixels, which likelihood_steps is for: leave it out")
     try:
         Uniform()(build(config["diffusion"]["schedule"]), likelihood_steps)
     except ValueError as error:

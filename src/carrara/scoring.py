@@ -22,9 +22,9 @@ from carrara.data.module import ShardData
 from carrara.errors import UserError
 from carrara.evaluator.clip import CLIP
 from carrara.metric.extractor import InceptionExtractor
-from carrara.precision import choose_precision, local_device
+from carrara.precision import choose_precision, local_device, set_arithmetic
 from carrara.rank import rank_main
-from carrara.sampling import check_steps, load_weak, set_sampling
+from carrara.sampling import check_likelihood, load_weak, set_sampling
 from carrara.score_card import extractor_hashes, folder_card, score_card
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -38,8 +38,7 @@ def run(out: Path) -> None:
     device = local_device(settings["accelerator"])
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("high")
+    set_arithmetic()
     precision, _ = choose_precision(settings["precision"], settings["accelerator"])
 
     def autocast() -> AbstractContextManager[object]:
@@ -59,9 +58,7 @@ def run(out: Path) -> None:
 def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
     config, model, modules = load_trained(Path(order["run"]), order["part"]["classifier"])
     set_sampling(config, Path(order["conf_dir"]), order)
-    score = config["callback"]["score"]
-    given = {key: order[key] for key in ("num_images", "seed", "batch_size", "inception") if order[key] is not None}
-    score |= {key: value for key, value in given.items() if key in score}
+    set_scores(config, order)
     data: ShardData = build(config["data"])
     where = setting(data)
     model.to(where.device)
@@ -72,11 +69,27 @@ def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str,
     scorers = build_scores(config, data, modules, weak)
     steps = order["likelihood_steps"]
     if steps is not None:
-        check_steps(config, steps)
+        check_likelihood(config, model, steps)
+        score = config["callback"]["score"]
         scorers.append(Likelihood(steps, order["seed"], score["num_images"], score["batch_size"]))
     for one in scorers:
         scores |= one(model, where)
     return score_card(config, data.validation.fingerprint, scores, weak_hash, steps)
+
+
+def set_scores(config: Config, order: Config) -> None:
+    """Other settings for all of a run's scores that have them.
+
+    Raises:
+        UserError: a key that none of them has.
+    """
+    scores = [node for node in config["callback"].values() if isinstance(node, dict)]
+    for key in ("num_images", "seed", "batch_size", "inception"):
+        having = [node for node in scores if key in node]
+        if not having and key in ("num_images", "inception") and order[key] is not None:
+            raise UserError(f"{config['name']} is not scored with {key}: leave it out")
+        for node in having if order[key] is not None else ():
+            node[key] = order[key]
 
 
 def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from carrara.data.workers import workers_explained
 from carrara.model.base import Model
 from carrara.model.diffusion import DiffusionModel
 from carrara.network.unet import UNet
-from carrara.precision import choose_precision
+from carrara.precision import choose_precision, set_arithmetic
 from carrara.published.adapter import write_adapter
 from carrara.rank import rank_main
 from carrara.report import write_report
@@ -57,8 +57,7 @@ def run(folder: Path) -> None:
     _quieten()
     config = load_config(folder)
     settings = config["trainer"]
-    torch.set_flush_denormal(True)
-    torch.set_float32_matmul_precision("high")
+    set_arithmetic()
     torch.manual_seed(config["seed"])  # the same initial weights on every rank
     data: ShardData = build(config["data"])
     model, modules = build_model(config)
@@ -101,7 +100,7 @@ def run(folder: Path) -> None:
         cut_back(log.path, 0 if checkpoint is None else checkpoint_step(checkpoint))
         if checkpoint is not None:
             _log.info("going on from %s", checkpoint)
-    use = usable_cache(config, data, modules)
+    use = usable_cache(config, data, model, modules)
     if use != "pictures" and trainer.is_global_zero:
         _log.info("training on the %s in the shards", use.replace("_", " "))
     loader = data.train_loader(

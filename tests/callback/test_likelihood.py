@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from carrara.callback.likelihood import Likelihood
 from carrara.callback.score import Setting
-from carrara.errors import UserError
 from carrara.model.diffusion import DiffusionModel
-from tests.tiny import awake, classifier_model, diffusion_model, epsilon_objective, kl, setting
+from tests.tiny import awake, diffusion_model, epsilon_objective, setting
 
 STD = 0.25
 
@@ -71,10 +70,3 @@ def test_it_is_the_same_every_time_and_for_any_chunks():
     for name, value in first.items():
         assert again[name] == pytest.approx(value, rel=1e-4)
     assert other["val/bits_per_dim/ode"] != first["val/bits_per_dim/ode"]
-
-
-def test_models_without_a_likelihood_of_pixels_are_refused():
-    score = Likelihood(4, 0, 4, 4)
-    for one in (diffusion_model(kl(downsampling=4)), classifier_model(["a", "b"])):
-        with pytest.raises(UserError, match="likelihood_steps"):
-            score(one, setting(8))

@@ -206,14 +206,17 @@ def test_a_cache_is_used_where_it_fits(make, parts, tmp_path):
     one = model(parts)
     modules = {"autoencoder": one.autoencoder, "conditioner": one.predictor.conditioner}
     there = data(tmp_path, f"{folder}/*.tar")
-    assert usable_cache(config(parts), there, modules) == "latents_and_text"
+    assert usable_cache(config(parts), there, one, modules) == "latents_and_text"
     assert (
-        usable_cache(config(parts), there, {**modules, "conditioner": model(parts, False).predictor.conditioner})
+        usable_cache(config(parts), there, one, {**modules, "conditioner": model(parts, False).predictor.conditioner})
         == "latents"
     )
-    assert usable_cache({"part": {}}, there, {}) == "pictures"  # an auto-encoder learns from pictures
-    assert usable_cache(config(parts), data(tmp_path, "plain/*.tar"), modules) == "pictures"
-    assert usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar", use_cache=False), modules) == "pictures"
+    assert usable_cache({"part": {}}, there, one, {}) == "pictures"  # pixels are learnt from pictures
+    one.takes_latents = False
+    assert usable_cache(config(parts), there, one, modules) == "pictures"
+    one.takes_latents = True
+    assert usable_cache(config(parts), data(tmp_path, "plain/*.tar"), one, modules) == "pictures"
+    assert usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar", use_cache=False), one, modules) == "pictures"
 
 
 @pytest.mark.parametrize(
@@ -237,9 +240,10 @@ def test_a_cache_of_something_else_is_refused_by_the_field(make, parts, tmp_path
     }
     there = ShardData("x", f"{folder}/*.tar", changes.get("resolution", RESOLUTION), **settings)
     conditioner = Pretrained(str(parts / changes.get("text", "clip")), WIDTH, changes.get("max_length", 16))
-    modules = {"autoencoder": model(parts).autoencoder, "conditioner": conditioner}
+    one = model(parts)
+    modules = {"autoencoder": one.autoencoder, "conditioner": conditioner}
     with pytest.raises(UserError, match=rf"cache was made with {field}=.* data\.use_cache=false"):
-        usable_cache(config(parts, changes.get("part", "autoencoder")), there, modules)
+        usable_cache(config(parts, changes.get("part", "autoencoder")), there, one, modules)
 
 
 def test_a_tokenizer_of_another_vocabulary_is_noticed(make, parts, tmp_path, monkeypatch):
@@ -252,9 +256,10 @@ def test_a_tokenizer_of_another_vocabulary_is_noticed(make, parts, tmp_path, mon
         return ids + 1, mask
 
     monkeypatch.setattr(conditioner, "tokenize", other)
-    modules = {"autoencoder": model(parts).autoencoder, "conditioner": conditioner}
+    one = model(parts)
+    modules = {"autoencoder": one.autoencoder, "conditioner": conditioner}
     with pytest.raises(UserError, match="made with tokenizer="):
-        usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar"), modules)
+        usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar"), one, modules)
 
 
 def test_shards_of_two_caches_are_refused(make, parts, tmp_path):
@@ -271,9 +276,10 @@ def test_shards_of_two_caches_are_refused(make, parts, tmp_path):
 )
 def test_what_changes_pictures_does_not_go_with_a_cache(make, parts, tmp_path, changes):
     folder = make()
-    modules = {"autoencoder": model(parts).autoencoder}
+    one = model(parts)
+    modules = {"autoencoder": one.autoencoder}
     with pytest.raises(UserError, match=r"data\.use_cache=false"):
-        usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar", **changes), modules)
+        usable_cache(config(parts), data(tmp_path, f"{folder}/*.tar", **changes), one, modules)
 
 
 def test_a_broken_cache_costs_its_sample(make, parts, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from carrara.command.generate import _source, main
 from carrara.errors import UserError
+from carrara.run_folder import made_folder
 
 
 @pytest.fixture
@@ -62,3 +63,9 @@ def test_mistakes_are_named(order, changes, message):
 def test_a_missing_prompt_is_told():
     with pytest.raises(UserError, match=r"prompt is missing: .*export=FOLDER"):
         main(Path(__file__).parents[2] / "conf", ["run=somewhere"])
+
+
+def test_a_file_in_the_way_of_the_pictures_is_told_before_they_are_made(tmp_path):
+    (tmp_path / "picture.png").write_text("")
+    with pytest.raises(UserError, match=r"out=.*picture\.png cannot be made a folder: File exists"):
+        made_folder(tmp_path / "picture.png")

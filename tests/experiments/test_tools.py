@@ -31,10 +31,23 @@ def test_a_run_is_trained_once_and_the_parts_that_it_needs_are_no_run(runs, monk
     monkeypatch.setattr(subprocess, "run", train)
     for _ in range(2):
         run = tools.trained("objectives", "cosine-v", ["experiment=objectives"])
-        assert run.resolve() == runs / "objectives" / "cosine-v" / "latent_unet-shapes" / "today"
+        [place] = (runs / "objectives").glob("cosine-v-*")
+        assert run.resolve() == place / "latent_unet-shapes" / "today"
     assert len(commands) == 1
     assert "experiment=objectives" in commands[0]
-    assert (runs / "objectives" / "cosine-v" / "components" / "autoencoder-0").is_dir()  # it finds them there
+    assert (place / "components" / "autoencoder-0").is_dir()  # it finds them there
+
+
+def test_a_short_trial_is_not_taken_for_the_experiment(runs, monkeypatch):
+    commands = []
+
+    def train(command, check):
+        commands.append(command)
+        scored(Path(command[-2].removeprefix("runs_dir=")) / "latent_unet-shapes" / "today")
+
+    monkeypatch.setattr(subprocess, "run", train)
+    trial = tools.trained("objectives", "cosine-v", ["experiment=objectives", "trainer.max_steps=2"])
+    assert tools.trained("objectives", "cosine-v", ["experiment=objectives"]) != trial and len(commands) == 2
 
 
 def test_a_score_is_computed_once_for_each_order(runs, monkeypatch):

@@ -134,6 +134,12 @@ def test_both_play_in_the_latents_of_an_autoencoder():
     fake = model.generator.network(model.normal(one, "noise", (4,)), conditioning)
     on_real, on_fake = (model.discriminator(x, conditioning) for x in (latents, fake))
     torch.testing.assert_close(losses["generator"], F.softplus(on_real - on_fake).mean())
+    cached = {key: value for key, value in one.items() if key != "images"} | {
+        "latent_mean": latents, "latent_std": torch.zeros_like(latents), "tokens": conditioning.tokens.detach(),
+        "mask": conditioning.mask, "pooled": conditioning.pooled.detach(),
+    }  # fmt: skip
+    torch.testing.assert_close(model.loss(cached)["generator"], losses["generator"])
+    assert model.takes_latents
     losses["loss"].backward()
     assert not any(p.requires_grad for p in autoencoder.parameters())
     assert torch.equal(model.decode(fake), autoencoder.decode(fake)) and model.decode(fake).shape == (4, 3, 8, 8)

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from carrara import keyed_random
 from carrara.autoencoder.identity import Identity
+from carrara.errors import UserError
 from carrara.model.super_resolution import SuperResolutionModel
 from carrara.network.conditioning import Conditioning
 from carrara.network.resize import enlarge, shrink
+from carrara.sampling import check_likelihood
 from tests.tiny import MUON, awake, batch, objective, text, unet
 
 
@@ -91,3 +93,8 @@ def test_the_picture_and_its_noise_change_the_answer_and_get_gradients():
 def test_impossible_noise_is_refused(most):
     with pytest.raises(ValueError, match=r"model\.max_augmentation"):
         model(max_augmentation=most)
+
+
+def test_it_has_no_likelihood_of_pixels():
+    with pytest.raises(UserError, match="imagen is no diffusion of pixels"):
+        check_likelihood({"name": "imagen"}, model(), 4)

@@ -34,6 +34,28 @@ def test_it_begins_as_the_identity():
     assert torch.equal(z, x) and not logdet.any()
 
 
+def test_layers_are_recomputed_where_asked_for_and_in_evaluation():
+    """With the same answer and gradients."""
+    x, said = torch.randn(2, 3, 8, 8), conditioning()
+    calls, found = [], []
+    for checkpointing, training in ((False, True), (True, True), (False, False)):
+        model = flow(checkpointing=checkpointing).train(training)
+        counted: list[int] = []
+        for block in model.blocks:
+            assert isinstance(block, FlowBlock)
+            for layer in block.layers:
+                assert isinstance(layer, CausalBlock)
+                layer.norm1.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        start = x.clone().requires_grad_()
+        z, logdet = model(start, said)
+        (z.square().sum() - logdet.sum()).backward()
+        calls.append(len(counted))
+        found.append([z.detach(), logdet.detach(), start.grad, *(p.grad for p in model.parameters())])
+    assert calls[1] == calls[2] == 2 * calls[0] > 0
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("num_blocks", [1, 2, 3])
 @pytest.mark.parametrize(("height", "width", "patch"), [(8, 8, 2), (4, 12, 4), (2, 4, 1)])

@@ -93,3 +93,8 @@ def test_stages_that_do_not_fit_are_named():
         replace(made, augmentation=0.6)
     with pytest.raises(ValueError, match=r"part\.small_pictures makes pictures of 8 / 2 pixels, .* of 16 / 2"):
         replace(made, resolution=16)
+
+
+def test_a_first_stage_that_makes_no_pictures_is_refused():
+    with pytest.raises(ValueError, match=r"part\.small_pictures makes no pictures: name a run of model=small_pictures"):
+        replace(cascade(0.0), small_pictures=object())  # type: ignore[arg-type]

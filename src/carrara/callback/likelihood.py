@@ -8,7 +8,6 @@ from torch import Tensor
 from carrara import keyed_random
 from carrara.callback.score import Setting
 from carrara.diffusion.likelihood import discretized_gaussian, ode_log_likelihood, ode_times, variational_bound
-from carrara.errors import UserError
 from carrara.metric.mean import Mean
 from carrara.model.base import Model
 from carrara.model.diffusion import DiffusionModel
@@ -33,13 +32,8 @@ class Likelihood:
         self.num_images, self.batch_size = num_images, batch_size
 
     def __call__(self, model: Model, setting: Setting) -> dict[str, float]:
-        """The scores.
-
-        Raises:
-            UserError: the model has no likelihood of pixels.
-        """
-        if not isinstance(model, DiffusionModel) or not model.autoencoder.is_identity:
-            raise UserError("only diffusion in pixels has bits per dimension: leave likelihood_steps out")
+        """The scores of a diffusion of pixels."""
+        assert isinstance(model, DiffusionModel) and model.autoencoder.is_identity
         means = {name: Mean().to(setting.device) for name in _NAMES}
         indices = setting.validation.splits["held_out"][: self.num_images]
         for chunk in setting.chunks(indices, self.batch_size):

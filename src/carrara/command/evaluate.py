@@ -10,7 +10,7 @@ from carrara.config import Composed, Config, compose, save_yaml
 from carrara.errors import UserError
 from carrara.launch import launch
 from carrara.parts import find_component
-from carrara.run_folder import find_run
+from carrara.run_folder import find_run, made_folder
 
 NAME = "evaluate"
 WORKER = "carrara.scoring"
@@ -31,8 +31,7 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         return
     composed = compose(conf_dir, NAME, overrides)
     order = _checked(composed, overrides)
-    out = Path(order["out"])
-    out.mkdir(parents=True, exist_ok=True)
+    out = made_folder(Path(order["out"]))
     save_yaml(out / "evaluate.yaml", {**order, "conf_dir": str(conf_dir.resolve())})
     code = launch(out, order["trainer"]["devices"], WORKER)
     if code:
@@ -68,6 +67,9 @@ def _checked(composed: Composed, overrides: list[str]) -> Config:
         if not Path(str(order["images"])).is_dir():
             raise UserError(f"images={order['images']} is no folder")
         out = Path(order["images"]) / "scores"
+    for key, least in (("batch_size", 1), ("num_images", 2)):
+        if order[key] is not None and (not isinstance(order[key], int) or order[key] < least):
+            raise UserError(f"{key} must be a whole number from {least} on, not {order[key]!r}")
     for kind, reference in order["part"].items():
         if reference is not None:
             order["part"][kind] = str(find_component(str(reference), kind, runs_dir))

@@ -13,15 +13,16 @@ from carrara.command_line import quote_free_text, split_flags
 from carrara.config import Config, compose
 from carrara.data.decode import DecodeError, decode_image
 from carrara.errors import UserError
+from carrara.model.conditioned import Conditioned
 from carrara.model.diffusion import DiffusionModel
 from carrara.pipeline.base import Pipeline, Watch
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
 from carrara.pipeline.source import Source
 from carrara.pipeline.text_to_image import TextToImage
 from carrara.pipeline.unclip import UnCLIP
-from carrara.precision import default_device
+from carrara.precision import default_device, set_arithmetic
 from carrara.published.export import export_pipeline
-from carrara.run_folder import find_run
+from carrara.run_folder import find_run, made_folder
 from carrara.sampling import load_weak, set_sampling
 
 NAME = "generate"
@@ -53,12 +54,14 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     if order["export"] is not None:
         if not isinstance(model, DiffusionModel):
             raise UserError(f"export: {folder} trained {config['name']}, and diffusers has no pipeline for it")
-        predictor = model.predictor
+        predictor = model.exported  # LoRA's additions are in its weights
+        assert isinstance(predictor, Conditioned)
         export_pipeline(Path(order["export"]), config, predictor.network, predictor.conditioner, model.autoencoder)
         _log.info("%s opens with diffusers.StableDiffusionPipeline.from_pretrained", order["export"])
         if order["prompt"] is None:
             return
     set_sampling(config, conf_dir, order)
+    set_arithmetic()
     device = default_device()
     weak = None if order["weak"] is None else load_weak(str(order["weak"]), config, Path(order["runs_dir"]), device)[0]
     for module in (model, *modules.values()):
@@ -67,6 +70,7 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     if not isinstance(pipeline, Pipeline):
         raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a run that does")
     pipeline, captions = _job(order, config, pipeline)
+    out = made_folder(Path(order["out"] or folder / "generated" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     watch = Watch(pipeline, order["num_frames"], _STRIP_ROWS)
     pictures = []
     for start in range(0, len(captions), order["batch_size"]):
@@ -76,8 +80,6 @@ def main(conf_dir: Path, argv: list[str]) -> None:
         made = pipeline(chunk, indices, order["seed"], on_step)
         pictures.append(to_uint8(made).cpu())
     images = torch.cat(pictures)
-    out = Path(order["out"] or folder / "generated" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    out.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images):  # the name says the number, never the caption: it is not ours
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(out / f"{k:04d}.png")
         (out / f"{k:04d}.txt").write_text(captions[k] + "\n", encoding="utf-8")

@@ -51,7 +51,7 @@ def restore(order: Config) -> None:
 
 
 def corrupt(order: Config) -> None:
-    """The same with the version 0 of the pictures that `corruption` makes, which `model=restoration` is shown.
+    """The same with version 0 of the pictures, which `corruption` makes: one of the two that a restoration learns from.
 
     Raises:
         UserError: as `restore`.

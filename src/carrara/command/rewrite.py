@@ -23,6 +23,7 @@ from carrara.data.reader import Decoding, Sample, Samples
 from carrara.data.shard_index import CAPTION, IMAGE, JSON
 from carrara.data.tar_walk import walk
 from carrara.errors import UserError
+from carrara.run_folder import made_folder
 
 Members = dict[str, bytes]  # of a sample, by suffix
 Rewrite = Callable[[list[Sample], list[Members]], Iterator[Members]]  # (decoded samples, as they lie there) -> anew
@@ -59,7 +60,7 @@ def rewrite(data: ShardData, out: Path, anew: Rewrite, batch_size: int, facts: F
     Raises:
         UserError: a shard lies in `out` that was made with something else.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    made_folder(out)
     skipped: Counter[str] = Counter()
     made = 0
     samples = Samples(data.samples().reader, data.decoding)

@@ -22,6 +22,7 @@ from carrara.evaluator.clip import CLIP
 from carrara.parts import find_component
 from carrara.pipeline.pictures import save_grid
 from carrara.precision import default_device
+from carrara.run_folder import made_folder
 from carrara.search.embeddings import embed_images, embed_shards, embed_texts
 from carrara.search.index import near_duplicates, open_index
 
@@ -64,8 +65,7 @@ def search(order: Config) -> None:
         return embed_texts(evaluator, captions) if captions else np.empty((0, embeddings.width), dtype=np.float32)
 
     index = open_index(embeddings, place, name, sentences)
-    out = Path(order["out"] or Path(order["runs_dir"]) / "search" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    out.mkdir(parents=True, exist_ok=True)
+    out = made_folder(Path(order["out"] or Path(order["runs_dir"]) / "search" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     if asked == ["duplicates"]:
         groups = near_duplicates(embeddings, index, least)
         keys = [[samples.reader.key(k) for k in group] for group in groups]

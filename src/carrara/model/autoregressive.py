@@ -16,6 +16,7 @@ class AutoregressiveModel(Model):
 
     Ramesh et al. 2021, section 2.2, where the weights are 7/8 and 1/8. Of the text the words and the end are predicted,
     not the start and the padding, and nothing of a caption that was dropped: the text's part stays one of captions.
+    Words are averaged within a rank's micro-batch, where one among few weighs more than it would in the whole batch.
 
     Args:
         network: of caption and picture in one sequence.

@@ -28,6 +28,7 @@ class Model(lightning.LightningModule):
     """
 
     kind: ClassVar[str]  # of the component it exports
+    takes_latents: ClassVar[bool] = False  # learns from a batch that has its pictures' latents and not the pictures
 
     def __init__(self, optimizer: OptimizerFactory, warmup_steps: int, cooldown: float, max_steps: int, seed: int):
         super().__init__()

@@ -29,6 +29,8 @@ class Conditioned(nn.Module):
         """Of a batch's captions, or as their cache has it; of the empty caption where `drop` (B,) says so."""
         if "tokens" in batch:
             encoded = Conditioning(batch["tokens"], batch["mask"], batch["pooled"])
+            if not drop.any():
+                return encoded
             return encoded.where(drop, self.conditioner([""] * len(drop)))
         captions = ["" if d else caption for d, caption in zip(drop.tolist(), batch["captions"], strict=True)]
         return self.conditioner(captions)

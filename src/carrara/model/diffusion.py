@@ -29,6 +29,7 @@ class DiffusionModel(DenoisingModel):
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
+    takes_latents = True
     autoencoder: Autoencoder
 
     def __init__(

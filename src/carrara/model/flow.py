@@ -34,6 +34,7 @@ class FlowModel(Model):
     """
 
     kind = "generator"
+    takes_latents = True
     autoencoder: Autoencoder
 
     def __init__(

@@ -47,6 +47,7 @@ class GANModel(Model):
     """
 
     kind = "generator"
+    takes_latents = True
     autoencoder: Autoencoder
 
     def __init__(
@@ -101,7 +102,7 @@ class GANModel(Model):
         if u is not None:
             return {}
         real = self.latents(batch, self.autoencoder)
-        conditioning = self.generator.conditioner(batch["captions"])
+        conditioning = self.generator.conditioning(batch, torch.zeros_like(batch["positions"], dtype=torch.bool))
         noise = self.normal(batch, "noise", self.noise_shape)
         fake = self.generator.network(noise, conditioning).float()
         told = conditioning.detach()

@@ -21,7 +21,8 @@ class RestorationModel(Model):
 
     The network is shown one of two versions of a picture, as a file holds it; a toss, keyed by the position in the
     stream, says which, so that both serve as targets. They are fixed by the picture's key, as if it had been taken
-    twice; there are no more of them, however often it is visited. The distance is the squared
+    twice; there are no more of them, however often it is visited (unless data.flip or data.crop=random lays another
+    part of the picture under the same noise). The distance is the squared
     error, or the absolute error where the corruption leaves not the mean but the median in its place; targets are not
     cut off at black and white, which would move their mean.
 
@@ -30,7 +31,9 @@ class RestorationModel(Model):
         conditioner: of the empty caption.
         corruption: what makes the noisy versions.
         target: `noisy`: the other version. `clean`: the picture itself. `self`: the shown version itself at masked
-            pixels, which the network does not see (Batson & Royer 2019, "Noise2Self", section 3; Krull et al. 2019, "Noise2Void").
+            pixels, which the network does not see. It needs noise that is independent from pixel to pixel: of text,
+            whose letters tell their own pixels, much stays (Batson & Royer 2019, "Noise2Self", section 3; Krull et al.
+            2019, "Noise2Void").
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 

@@ -28,6 +28,8 @@ class SuperResolutionModel(DiffusionModel):
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
+    takes_latents = False  # the small pictures are made of the pictures
+
     def __init__(
         self,
         factor: int,

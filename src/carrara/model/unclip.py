@@ -25,6 +25,7 @@ class UnCLIPModel(DiffusionModel):
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
+    takes_latents = False  # CLIP sees the picture itself
     clip: CLIP
 
     def __init__(

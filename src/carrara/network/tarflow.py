@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from carrara.network.attention import Attention, axial_angles
 from carrara.network.cache import Cache
@@ -50,7 +51,7 @@ class FlowBlock(nn.Module):
     Args:
         features: D of a patch.
         backwards: whether the sequence begins with the last patch.
-        width, depth, heads, context_width, pooled_width: see `TarFlow`.
+        width, depth, heads, context_width, pooled_width, checkpointing: see `TarFlow`.
         hidden: of the feed-forward layers.
     """
 
@@ -66,8 +67,10 @@ class FlowBlock(nn.Module):
         hidden: int,
         context_width: int,
         pooled_width: int,
+        checkpointing: bool,
     ):
         super().__init__()
+        self.checkpointing = checkpointing
         self.backwards = backwards
         self.project_in = nn.Linear(features, width)
         self.pooled_embedding = nn.Linear(pooled_width, width)
@@ -118,11 +121,13 @@ class FlowBlock(nn.Module):
         """
         h = self.project_in(before) + self.pooled_embedding(conditioning.pooled)[:, None]
         h = h + positions.to(h.dtype)
+        recomputes = caches is None and (self.checkpointing or not self.training)
         for k, layer in enumerate(self.layers):
             own = None if caches is None else caches[k]
-            h = layer(h, conditioning.tokens, conditioning.mask, angles, own)
+            told = h, conditioning.tokens, conditioning.mask, angles, own
+            h = checkpoint(layer, *told, use_reentrant=False) if recomputes else layer(*told)
         h = self.norm_out(h).to(before.dtype)
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):  # "meta" has none to disable
             return self.project_out(h)
 
     def _turn(self, x: Tensor, dim: int) -> Tensor:
@@ -144,6 +149,8 @@ class TarFlow(nn.Module):
         expansion: hidden width of the feed-forward layers, in widths, rounded.
         context_width: features of the conditioning's tokens, which every layer attends to.
         pooled_width: features of the conditioning's pooled vector, which is added to every patch.
+        checkpointing: recompute layers in the backward pass instead of keeping their activations. In evaluation, where
+            whole chunks are differentiated to take the noise away, they are always recomputed.
     """
 
     def __init__(
@@ -157,6 +164,7 @@ class TarFlow(nn.Module):
         expansion: float,
         context_width: int,
         pooled_width: int,
+        checkpointing: bool = False,
     ):
         super().__init__()
         if width % heads or width // heads % 4:
@@ -166,7 +174,17 @@ class TarFlow(nn.Module):
         self.head_width = width // heads
         hidden = round(expansion * width)
         self.blocks = nn.ModuleList(
-            FlowBlock(in_channels * patch**2, k % 2 == 1, width, depth, heads, hidden, context_width, pooled_width)
+            FlowBlock(
+                in_channels * patch**2,
+                k % 2 == 1,
+                width,
+                depth,
+                heads,
+                hidden,
+                context_width,
+                pooled_width,
+                checkpointing,
+            )
             for k in range(num_blocks)
         )
 

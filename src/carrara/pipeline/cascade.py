@@ -74,6 +74,8 @@ class Cascade:
     augmentation: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.small_pictures, TextToImage):
+            raise ValueError("part.small_pictures makes no pictures: name a run of model=small_pictures")
         theirs = self.small_pictures.resolution, self.small_pictures.model.autoencoder.downsampling
         ours = self.resolution, self.model.factor
         if theirs != ours:

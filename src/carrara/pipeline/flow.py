@@ -10,6 +10,7 @@ from carrara.network.conditioning import Conditioning
 from carrara.network.tarflow import Guide, TarFlow
 from carrara.pipeline.base import OnStep
 from carrara.pipeline.denoising import Draws
+from carrara.precision import exact
 
 
 class FlowToImage:
@@ -61,7 +62,7 @@ class FlowToImage:
             if on_step is not None:
                 on_step(step, torch.tensor(1 - (step + 1) / self.num_steps), x, x)
 
-        with torch.autocast(device.type, enabled=False):
+        with exact(device):
             texts = self.model.generator.conditioner(captions)
             steps = self.network.inverse_steps(self.temperature * noise, *self._guided(texts))
             for step, x in enumerate(steps):

@@ -74,8 +74,9 @@ def truncated(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     if top_k is not None:
         likeliest[:, top_k:] = -torch.inf
     if top_p is not None:
-        probability = likeliest.double().softmax(1)
-        likeliest = likeliest.masked_fill(probability.cumsum(1) - probability >= top_p, -torch.inf)
+        probability = likeliest.double().softmax(1).cpu()  # a GPU's cumulative sums are not deterministic
+        beyond = probability.cumsum(1) - probability >= top_p
+        likeliest = likeliest.masked_fill(beyond.to(likeliest.device), -torch.inf)
     return torch.empty_like(logits).scatter(1, order, likeliest)
 
 
