@@ -73,6 +73,17 @@ def test_a_share_that_is_none_is_refused(share: float):
         gan_model(penalty_share=share)
 
 
+def test_logits_are_told_apart_under_autocast():
+    """Closer ones than bfloat16 has numbers for: its step near 100 is 0.5."""
+    model, one = gan_model(), batch([0])
+    with torch.no_grad():
+        model.discriminator.out.bias.fill_(100.0)  # type: ignore[union-attr, operator]
+    told, x = model.generator.conditioner(one["captions"]), model.images(one)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.cat([model.discriminator(x + 0.02 * k, told) for k in range(8)])
+    assert logits.dtype == torch.float32 and len(logits.unique()) == 8
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_penalty_of_the_real_network_is_that_of_finite_differences(autocast: bool):
     """In float32 with attention, under bfloat16 autocast too: the directional derivative of every logit."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from carrara.autoencoder.discrete import Discrete, gumbel
 from carrara.divergence import kl_to_uniform
+from carrara.network.layers import without_autocast
 
 
 class Gumbel(Discrete):
@@ -69,7 +70,7 @@ class Gumbel(Discrete):
 
     def log_odds(self, z: Tensor) -> Tensor:
         """The codes' logits (B, K, h, w) float32, whatever the autocast: a token must not depend on it."""
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             return self.logits(z.float())
 
     def noise_shape(self, height: int, width: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 
 from carrara.network.conditioning import Conditioning
+from carrara.network.layers import without_autocast
 from carrara.network.pyramid import Pyramid, Tower
 
 
@@ -27,5 +28,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, conditioning: Conditioning) -> Tensor:
         features = self.tower(images, conditioning)
-        matching = (features * self.project(conditioning.pooled)).sum(1) / math.sqrt(features.shape[1])
-        return self.out(features).squeeze(1) + matching
+        with without_autocast(features):  # it is small differences of logits that both players learn from
+            features, pooled = (x.to(self.out.weight.dtype) for x in (features, conditioning.pooled))
+            matching = (features * self.project(pooled)).sum(1) / math.sqrt(features.shape[1])
+            return self.out(features).squeeze(1) + matching

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from carrara.errors import UserError
+from carrara.network.layers import without_autocast
 
 
 class EmbeddingTokens(nn.Module):
@@ -71,7 +72,7 @@ class EmbeddingTokens(nn.Module):
 
     def quantise(self, embeddings: Tensor) -> Tensor:
         """embeddings (B, E) -> tokens (B, N)."""
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings):
             values = (embeddings.float() - self.mean) @ self.components.T
         bucket = ((values - self.low) / self.bucket_width).floor()
         return bucket.clamp(0, self.num_buckets - 1).long()
@@ -79,5 +80,5 @@ class EmbeddingTokens(nn.Module):
     def dequantise(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) -> embeddings (B, E) float32 from the middles of their buckets."""
         values = self.low + (tokens + 0.5) * self.bucket_width
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             return self.mean + values @ self.components

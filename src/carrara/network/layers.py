@@ -7,6 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which products are of the precision of their factors, on the device of x."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # "meta" has none to disable
+
+
 def zero_(module: nn.Module) -> nn.Module:
     """Zero a layer's parameters, so that the residual branch it ends starts as the identity."""
     for parameter in module.parameters():

@@ -15,7 +15,7 @@ from carrara.network.attention import Attention, axial_angles
 from carrara.network.cache import Cache
 from carrara.network.conditioning import Conditioning
 from carrara.network.dit import sinusoidal_positions
-from carrara.network.layers import RMSNorm, SwiGLU, zero_
+from carrara.network.layers import RMSNorm, SwiGLU, without_autocast, zero_
 
 Guide = Callable[[Tensor], Tensor]  # shifts and log-scales (k · B, 1, 2D) of a patch -> those to take (B, 1, 2D)
 
@@ -127,7 +127,7 @@ class FlowBlock(nn.Module):
             told = h, conditioning.tokens, conditioning.mask, angles, own
             h = checkpoint(layer, *told, use_reentrant=False) if recomputes else layer(*told)
         h = self.norm_out(h).to(before.dtype)
-        with torch.autocast("cpu" if h.is_meta else h.device.type, enabled=False):  # "meta" has none to disable
+        with without_autocast(h):
             return self.project_out(h)
 
     def _turn(self, x: Tensor, dim: int) -> Tensor:
