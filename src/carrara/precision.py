@@ -1,8 +1,6 @@
 """Which floating-point precision the machine is good at."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -47,15 +45,3 @@ def set_arithmetic() -> None:
     """How every command computes: float32 products on a GPU may be shortened to TF32, denormal numbers are zero."""
     torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("high")
-
-
-@contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """Float32 products as they are, whatever the autocast and `set_arithmetic`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

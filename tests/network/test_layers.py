@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from carrara.network import layers
-from carrara.network.layers import Downsample, ResidualBlock, RMSNorm, SwiGLU, Upsample, sinusoidal_embedding
+from carrara.network.layers import Downsample, ResidualBlock, RMSNorm, SwiGLU, Upsample, exact, sinusoidal_embedding
 
 
 def test_the_root_mean_square_is_one_and_the_dtype_stays():
@@ -85,3 +85,17 @@ def test_the_resolution_is_halved_and_doubled(padding):
     x = torch.randn(1, 4, 8, 8)
     assert Downsample(4, padding)(x).shape == (1, 4, 4, 4)
     assert Upsample(4)(x).shape == (1, 4, 16, 16)
+
+
+def test_products_are_exact_where_asked_for_and_only_there():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        a, b = torch.randn(2, 64, 64)
+        with torch.autocast("cpu", torch.bfloat16):
+            with pytest.raises(KeyError), exact(a):
+                assert torch.get_float32_matmul_precision() == "highest" and (a @ b).dtype == torch.float32
+                raise KeyError
+            assert torch.get_float32_matmul_precision() == "high" and (a @ b).dtype == torch.bfloat16
+    finally:
+        torch.set_float32_matmul_precision(before)

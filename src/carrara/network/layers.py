@@ -1,6 +1,8 @@
 """Building blocks shared by the networks, but for attention."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,18 @@ from torch import Tensor, nn
 def without_autocast(x: Tensor) -> torch.autocast:
     """A context in which products are of the precision of their factors, on the device of x."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # "meta" has none to disable
+
+
+@contextmanager
+def exact(x: Tensor) -> Iterator[None]:
+    """A context in which float32 products are not shortened to bfloat16 or TF32, on the device of x."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with without_autocast(x):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def zero_(module: nn.Module) -> nn.Module:

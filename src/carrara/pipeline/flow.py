@@ -7,10 +7,10 @@ from torch import Tensor
 
 from carrara.model.flow import FlowModel, log_likelihood
 from carrara.network.conditioning import Conditioning
+from carrara.network.layers import exact
 from carrara.network.tarflow import Guide, TarFlow
 from carrara.pipeline.base import OnStep
 from carrara.pipeline.denoising import Draws
-from carrara.precision import exact
 
 
 class FlowToImage:
@@ -62,7 +62,7 @@ class FlowToImage:
             if on_step is not None:
                 on_step(step, torch.tensor(1 - (step + 1) / self.num_steps), x, x)
 
-        with exact(device):
+        with exact(noise):
             texts = self.model.generator.conditioner(captions)
             steps = self.network.inverse_steps(self.temperature * noise, *self._guided(texts))
             for step, x in enumerate(steps):
