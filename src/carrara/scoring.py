@@ -85,10 +85,12 @@ def set_scores(config: Config, order: Config) -> None:
     """
     scores = [node for node in config["callback"].values() if isinstance(node, dict)]
     for key in ("num_images", "seed", "batch_size", "inception"):
+        if order[key] is None:
+            continue
         having = [node for node in scores if key in node]
-        if not having and key in ("num_images", "inception") and order[key] is not None:
+        if not having and key in ("num_images", "inception"):  # the others are always given
             raise UserError(f"{config['name']} is not scored with {key}: leave it out")
-        for node in having if order[key] is not None else ():
+        for node in having:
             node[key] = order[key]
 
 

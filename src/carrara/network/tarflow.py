@@ -124,8 +124,8 @@ class FlowBlock(nn.Module):
         recomputes = caches is None and (self.checkpointing or not self.training)
         for k, layer in enumerate(self.layers):
             own = None if caches is None else caches[k]
-            told = h, conditioning.tokens, conditioning.mask, angles, own
-            h = checkpoint(layer, *told, use_reentrant=False) if recomputes else layer(*told)
+            inputs = h, conditioning.tokens, conditioning.mask, angles, own
+            h = checkpoint(layer, *inputs, use_reentrant=False) if recomputes else layer(*inputs)
         h = self.norm_out(h).to(before.dtype)
         with without_autocast(h):
             return self.project_out(h)
