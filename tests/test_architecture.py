@@ -122,6 +122,20 @@ def test_a_transformer_that_does_not_fit_is_refused(key):
         check_fit(config, meta_modules(config)[0])
 
 
+@pytest.mark.parametrize("model", ["autoencoder", "latent_unet", "gan", "latent_flow", "dalle", "dalle2"])
+def test_pictures_that_do_not_become_latents_are_refused(model):
+    config = compose(CONF, "train", [f"model={model}", "data.resolution=30", "size=demo"]).config
+    with pytest.raises(UserError, match=r"data\.resolution=30: such pictures do not become latents, for .*=4"):
+        check_fit(config, meta_modules(config)[0])
+
+
+def test_buckets_that_do_not_become_latents_are_refused():
+    overrides = ["model=latent_unet", "data.bucket_aspect=2.0", "data.bucket_multiple=6", "size=demo"]
+    config = compose(CONF, "train", overrides).config
+    with pytest.raises(UserError, match=r"data\.bucket_multiple=6: such pictures do not become latents, for .*=4"):
+        check_fit(config, meta_modules(config)[0])
+
+
 @pytest.mark.parametrize("key", ["patch=3", "in_channels=5", "context_width=77", "pooled_width=7"])
 def test_a_flow_that_does_not_fit_is_refused(key):
     config = compose(CONF, "train", ["model=latent_flow", f"network.{key}", "size=demo"]).config

@@ -54,6 +54,7 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         UserError: it does not fit the latents or pictures, or the conditioner's tokens.
     """
+    _check_downsampling(config, modules)
     if "corruption" in config:
         autoencoder: nn.Module = Identity()  # pictures are restored as they are
     elif "autoencoder" in modules and ("diffusion" in config or isinstance(modules.get("network"), TarFlow)):
@@ -80,6 +81,19 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
             f"data.bucket_aspect: the network does not fit pictures of {height_px} × {width_px} ({problem}); take a "
             "larger data.bucket_multiple, or networks without learned positions"
         )
+
+
+def _check_downsampling(config: Config, modules: Mapping[str, nn.Module]) -> None:
+    autoencoder, data = modules.get("autoencoder"), config["data"]
+    if not isinstance(autoencoder, Autoencoder):
+        return
+    factor = autoencoder.downsampling
+    for key in ("resolution", *(["bucket_multiple"] if data["bucket_aspect"] != 1 else [])):
+        if data[key] % factor:
+            raise UserError(
+                f"data.{key}={data[key]}: such pictures do not become latents, for autoencoder.downsampling={factor} "
+                "does not divide it"
+            )
 
 
 def _check_generator(config: Config, modules: Mapping[str, nn.Module]) -> None:

@@ -229,6 +229,12 @@ def test_a_batch_is_one_step_of_both_players(tmp_path):
         assert names and not equal(before, after, names)
 
 
+@pytest.mark.parametrize("change", [{"player_betas": (2.0, 0.9)}, {"text_learning_rate": -1.0}])
+def test_impossible_steps_are_refused(change):
+    with pytest.raises(ValueError, match="must lie in"):
+        gan_model(**change)
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_the_players_take_steps_of_adamw_and_the_text_muons(weight: float):
     """Each group with its own learning rate, which the schedule scales; everything that is trained is in one group."""

@@ -69,6 +69,11 @@ class GANModel(Model):
     ):
         if not 0 < penalty_share <= 1:
             raise ValueError(f"model.penalty_share must lie in (0, 1], but is {penalty_share}")
+        if not all(0 <= beta < 1 for beta in player_betas) or not text_learning_rate > 0:
+            raise ValueError(
+                f"model.player_betas={list(player_betas)} must lie in [0, 1), model.text_learning_rate="
+                f"{text_learning_rate} above 0"
+            )
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.generator = Conditioned(network, conditioner)
         self.noise_shape = network.noise_shape
