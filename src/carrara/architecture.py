@@ -54,7 +54,8 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     Raises:
         UserError: it does not fit the latents or pictures, or the conditioner's tokens.
     """
-    _check_downsampling(config, modules)
+    if isinstance(own := modules.get("autoencoder"), Autoencoder):
+        _check_downsampling(own, "resolution", config["data"]["resolution"])
     if "corruption" in config:
         autoencoder: nn.Module = Identity()  # pictures are restored as they are
     elif "autoencoder" in modules and ("diffusion" in config or isinstance(modules.get("network"), TarFlow)):
@@ -66,6 +67,8 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     network, conditioner = modules["network"], modules["conditioner"]
     assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
     data, width = config["data"], conditioner.width
+    if data["bucket_aspect"] != 1:
+        _check_downsampling(autoencoder, "bucket_multiple", data["bucket_multiple"])
     for height_px, width_px in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):
         shape = autoencoder.latent_shape(height_px, width_px)
         time: tuple[tuple[int, ...], ...] = () if isinstance(network, TarFlow) else ((),)
@@ -83,17 +86,12 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _check_downsampling(config: Config, modules: Mapping[str, nn.Module]) -> None:
-    autoencoder, data = modules.get("autoencoder"), config["data"]
-    if not isinstance(autoencoder, Autoencoder):
-        return
-    factor = autoencoder.downsampling
-    for key in ("resolution", *(["bucket_multiple"] if data["bucket_aspect"] != 1 else [])):
-        if data[key] % factor:
-            raise UserError(
-                f"data.{key}={data[key]}: such pictures do not become latents, for autoencoder.downsampling={factor} "
-                "does not divide it"
-            )
+def _check_downsampling(autoencoder: Autoencoder, key: str, pixels: int) -> None:
+    if pixels % autoencoder.downsampling:
+        raise UserError(
+            f"data.{key}={pixels}: such pictures do not become latents, for autoencoder.downsampling="
+            f"{autoencoder.downsampling} does not divide it"
+        )
 
 
 def _check_generator(config: Config, modules: Mapping[str, nn.Module]) -> None:
