@@ -14,10 +14,12 @@ from carrara.run_folder import load_config
 from experiments.tools import last_scores, scores, table, trained
 
 UNETS = {"U-Net 64": 64, "U-Net 96": 96}  # channels
-ENCODERS = {  # depth, width, heads of a frozen masked language model
-    "1 × 32": (1, 32, 2),
-    "2 × 64": (2, 64, 4),
-    "4 × 128": (4, 128, 4),
+FROZEN = {  # a masked language model's depth, width, heads; the layer that is read, null being the last, as in Imagen
+    "1 × 32": (1, 32, 2, "null"),
+    "2 × 64": (2, 64, 4, "null"),
+    "4 × 128": (4, 128, 4, "null"),
+    "2 × 64 first layer": (2, 64, 4, "1"),
+    "4 × 128 first layer": (4, 128, 4, "1"),
 }
 ALONG = {  # trained along with the U-Net
     "bag of words": ["conditioner.depth=0"],  # a vector a word, and no position: order-blind
@@ -30,13 +32,12 @@ NUM_IMAGES = 256
 def encoder(name: str) -> list[str]:
     if name in ALONG:
         return ["conditioner=text", *ALONG[name]]
-    depth, width, heads = ENCODERS[name]
-    sizes = {"depth": depth, "width": width, "heads": heads}
-    # the last layer, as Imagen has it; the default for a language model of one's own is another
+    *size, layer = FROZEN[name]
+    sizes = zip(("depth", "width", "heads"), size, strict=True)
     return [
         "conditioner=language_model",
-        "conditioner.layer=null",
-        *(f"size.language_model.{key}={value}" for key, value in sizes.items()),
+        f"conditioner.layer={layer}",
+        *(f"size.language_model.{key}={value}" for key, value in sizes),
     ]
 
 
@@ -64,11 +65,11 @@ def main() -> None:
     figure, axis = plt.subplots(figsize=(7, 5), constrained_layout=True)
     rows, encoders = [], []
     for (unet, channels), style in zip(UNETS.items(), ("--", "-"), strict=True):
-        for k, name in enumerate([*ALONG, *ENCODERS]):
+        for k, name in enumerate([*ALONG, *FROZEN]):
             overrides = ["experiment=text_encoder_size", f"network.channels=[{channels}]", *encoder(name)]
             label = f"{channels}-{name}".replace(" × ", "x").replace(" ", "_")
             run = trained("text_encoder_size", label, overrides)
-            if name in ENCODERS and unet == "U-Net 64":
+            if name in FROZEN and not name.endswith("first layer") and unet == "U-Net 64":
                 encoders.append([name, *telling_apart(run)])
             found = [scores(run, NUM_IMAGES, {"guidance_scale": scale}) for scale in SCALES]
             # the scale is chosen on captions of seen combinations, and judged on the held-out ones
