@@ -37,7 +37,7 @@ SYSTEMS = {
     "vae": ("model=vae", (*PICTURES, "val/bits_per_dim")),
     "latent_flow": ("model=latent_flow", PICTURES),
     "pixel_flow": ("model=pixel_flow", PICTURES),
-    "noise2noise": ("model=restoration", ("val/noisy_psnr", "val/psnr")),
+    "noise2noise": ("experiment=noise2noise", ("val/noisy_psnr", "val/psnr")),
 }
 """By name: what follows `train.py`, and its figures; those of a part begin with its name."""
 
