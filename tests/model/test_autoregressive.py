@@ -27,7 +27,7 @@ def told(rows: list[int]) -> dict[str, Any]:
 
 
 def by_hand(model: AutoregressiveModel, of: dict[str, Any], captions: list[str]) -> tuple[float, float]:
-    """Mean nats of an image and of a text token, caption by caption and token by token, in float64."""
+    """Mean nats of an image token, and of a caption's mean text token, one after the other, in float64."""
     image, text = [], []
     for row, caption in enumerate(captions):
         ids, mask = model.network.read([caption])
@@ -35,8 +35,9 @@ def by_hand(model: AutoregressiveModel, of: dict[str, Any], captions: list[str])
         text_logits, image_logits = model.network(ids, mask, tokens, (4, 4))
         for k in range(16):
             image.append(-image_logits[0, k].double().log_softmax(0)[tokens[0, k]].item())
-        for k in range(1, int(mask.sum())):
-            text.append(-text_logits[0, k - 1].double().log_softmax(0)[ids[0, k]].item())
+        words = range(1, int(mask.sum()))
+        nats = [-text_logits[0, k - 1].double().log_softmax(0)[ids[0, k]].item() for k in words]
+        text.append(sum(nats) / len(nats))
     return sum(image) / len(image), sum(text) / len(text)
 
 
@@ -58,6 +59,18 @@ def test_the_loss_is_the_cross_entropy_of_every_token():
     assert losses["text_nll"].item() == pytest.approx(text, rel=1e-5)
     assert losses["loss"].item() == pytest.approx(2 * image + 3 * text, rel=1e-5)
     assert set(losses) == set(model.loss_names)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_what_a_sample_adds_to_the_loss_depends_on_no_other(dropout):
+    """So that any number of ranks and micro-batches has the same gradient."""
+    model = autoregressive_model(caption_dropout=dropout).eval()
+    awake(model.network)
+    captions = ["a", "a big red disc", "", "big blue", "a small", "a"]
+    whole = model.loss(batch(range(6)) | {"captions": captions})
+    alone = [model.loss(batch([k]) | {"captions": [caption]}) for k, caption in enumerate(captions)]
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.stack([one[name] for one in alone]).mean(), value)
 
 
 def test_a_dropped_caption_tells_nothing_and_is_not_learned():

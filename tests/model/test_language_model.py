@@ -101,21 +101,29 @@ def test_what_is_hidden_depends_on_the_position_alone():
 
 @torch.no_grad()
 def test_the_causal_loss_is_that_of_transformers():
-    model = language_model_model("causal").eval()
-    ids, mask = model.language_model.tokenizer(CAPTIONS)
-    labels = ids.masked_fill(~mask, -100)
-    theirs = model.language_model.network(ids, attention_mask=mask.long(), labels=labels).loss
-    torch.testing.assert_close(model.loss(of(CAPTIONS))["loss"], theirs)
+    model = language_model_model("causal", language_model=language_model("causal", max_length=100)).eval()
+    some = [*CAPTIONS, "a disc", "a big red disc above a small blue cube"]
+    ids, mask = model.language_model.tokenizer(some)
+    assert len(set(mask.sum(1).tolist())) > 2
+    torch.testing.assert_close(model.loss(of(some))["loss"], theirs(model, ids, mask, ids.masked_fill(~mask, -100)))
+
+
+def theirs(model: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean of what each caption loses by itself."""
+    rows = zip(ids[:, None], mask.long()[:, None], labels[:, None], strict=True)
+    network = model.language_model.network
+    return torch.stack([network(one, attention_mask=of, labels=true).loss for one, of, true in rows]).mean()
 
 
 @torch.no_grad()
 def test_the_masked_loss_is_that_of_transformers():
-    model = language_model_model("masked").eval()
-    ids, choice, corrupted = chosen(model, of(CAPTIONS))
-    _, mask = model.language_model.tokenizer(CAPTIONS)
-    labels = ids.masked_fill(~choice, -100)
-    theirs = model.language_model.network(corrupted, attention_mask=mask.long(), labels=labels).loss
-    torch.testing.assert_close(model.loss(of(CAPTIONS))["loss"], theirs)
+    model = language_model_model("masked", language_model=language_model("masked", max_length=100)).eval()
+    some = [*LONG[:3], *CAPTIONS]
+    ids, choice, corrupted = chosen(model, of(some))
+    assert len(set(choice.sum(1).tolist())) > 1
+    _, mask = model.language_model.tokenizer(some)
+    expected = theirs(model, corrupted, mask, ids.masked_fill(~choice, -100))
+    torch.testing.assert_close(model.loss(of(some))["loss"], expected)
 
 
 def test_validation_is_the_same_every_time():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from carrara import keyed_random
 from carrara.build import exported_config
 from carrara.component import load_component, save_component
 from carrara.corruption.base import Corruption, as_stored
@@ -125,6 +126,29 @@ def test_the_loss_is_the_distance_from_the_other_version():
     torch.testing.assert_close(model.loss(one)["loss"], (answer - clean).abs().mean())
 
 
+@pytest.mark.parametrize("target", ["noisy", "clean", "self"])
+@torch.no_grad()
+def test_what_a_picture_adds_to_the_loss_depends_on_no_other(target):
+    """Of 6 × 6 pixels, 1 to 4 of which are masked."""
+    model = restoration_model(network=Linear(), target=target)
+    alone = torch.stack([model.loss(batch([k], 6))["loss"] for k in range(8)])
+    torch.testing.assert_close(alone.mean(), model.loss(batch(range(8), 6))["loss"])
+
+
+def test_only_the_version_that_is_shown_is_made_where_the_other_is_no_target():
+    drawn: list[int] = []
+
+    class Counted(Gaussian):
+        def corrupt(self, images: Tensor, positions: Tensor, purpose: str) -> Tensor:
+            drawn.append(len(images))
+            return super().corrupt(images, positions, purpose)
+
+    for target, count in (("noisy", 32), ("clean", 16), ("self", 16)):
+        drawn.clear()
+        restoration_model(network=Linear(), target=target, corruption=Counted(0.3, 0)).loss(batch(range(16)))
+        assert sum(drawn) == count
+
+
 @torch.no_grad()
 def test_a_picture_has_two_versions_and_no_more():
     model = restoration_model(network=Constant())
@@ -138,16 +162,17 @@ def test_a_picture_has_two_versions_and_no_more():
 
 
 class Given(Corruption):
-    """Noise that a test chooses."""
+    """Noise that a test chooses, of the pictures of `batch`."""
 
     unmoved = "mean"
 
     def __init__(self, noise: Tensor):
         super().__init__(0)
-        self.noise = noise
+        positions = keyed_random.positions_of([str(k) for k in range(len(noise))])
+        self.noise = dict(zip(positions.tolist(), noise, strict=True))
 
     def corrupt(self, images: Tensor, positions: Tensor, purpose: str) -> Tensor:
-        return images + self.noise
+        return images + torch.stack([self.noise[position] for position in positions.tolist()])
 
 
 @torch.no_grad()

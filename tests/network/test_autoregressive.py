@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carrara.network.autoregressive import TextImageTransformer
+from carrara.network.autoregressive import DecoderBlock, TextImageTransformer
 from tests.tiny import awake, text_image_transformer
 
 LENGTH, GRID, CODES = 8, (2, 3), 16
@@ -114,6 +114,25 @@ def test_sampling_with_kept_keys_is_as_without(network, copies):
         torch.testing.assert_close(seen[place], image[:, place], atol=1e-5, rtol=0)
         known[:, place] = choice(image[:2, place], place)
     assert torch.equal(sampled, known)
+
+
+def test_checkpointing_recomputes_and_gives_the_same_gradients():
+    calls, gradients = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        made = text_image_transformer(checkpointing=checkpointing).train()
+        awake(made)
+        counted: list[int] = []
+        for block in made.blocks:
+            assert isinstance(block, DecoderBlock)
+            block.norm1.register_forward_pre_hook(lambda *_, counted=counted: counted.append(1))
+        ids, mask = made.read(CAPTIONS)
+        sum(one.square().sum() for one in made(ids, mask, tokens(), GRID)).backward()
+        calls.append(len(counted))
+        gradients.append([p.grad for p in made.parameters() if p.grad is not None])
+    assert calls[1] == 2 * calls[0]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @torch.no_grad()

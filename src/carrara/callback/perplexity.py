@@ -33,7 +33,7 @@ class Perplexity:
             means = {name: Mean().to(setting.device) for name in ("perplexity", "unigram_perplexity")}
             for chunk in setting.chunks(indices, self.batch_size):
                 with setting.autocast():
-                    logits, ids = model.predictions(setting.validation.take(chunk))
+                    logits, ids, _ = model.predictions(setting.validation.take(chunk))
                 if len(ids):
                     means["perplexity"].update(F.cross_entropy(logits.double(), ids), len(ids))
                     means["unigram_perplexity"].update(model.language_model.unigram(ids).mean(), len(ids))

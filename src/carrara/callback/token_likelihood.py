@@ -39,9 +39,9 @@ class TokenLikelihood:
                 batch = setting.validation.take(chunk)
                 batch["images"] = batch["images"].to(setting.device)
                 with torch.no_grad(), setting.autocast():
-                    predictions = model.predictions(batch, torch.zeros(len(chunk), dtype=torch.bool))
-                for name, (logits, tokens) in zip(sizes, predictions, strict=True):
-                    nats[name].update(F.cross_entropy(logits.double(), tokens), len(tokens))
+                    image, text, _ = model.predictions(batch, torch.zeros(len(chunk), dtype=torch.bool))
+                for name, (logits, tokens) in zip(sizes, (image, text), strict=True):
+                    nats[name].update(F.cross_entropy(logits, tokens, reduction="none").double().mean(), len(tokens))
                     use[name].update(tokens)
             for name, size in sizes.items():
                 unigram = use[name].compute()["codebook_perplexity"]

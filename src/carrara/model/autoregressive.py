@@ -1,6 +1,6 @@
 """Training a transformer to continue captions with the tokens of their pictures."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,15 +8,29 @@ from torch import Tensor, nn
 
 from carrara.autoencoder.discrete import Discrete
 from carrara.model.base import Model, OptimizerFactory
+from carrara.model.token_loss import mean_by_caption
 from carrara.network.autoregressive import TextImageTransformer
 
 
+class Predictions(NamedTuple):
+    """What is said of a batch's tokens.
+
+    Attributes:
+        image, text: logits (N, K) float32 and the true tokens (N,) int64.
+        words: (B, L) bool, which of the captions' tokens the text's are.
+    """
+
+    image: tuple[Tensor, Tensor]
+    text: tuple[Tensor, Tensor]
+    words: Tensor
+
+
 class AutoregressiveModel(Model):
-    """Minimises the cross-entropy of image and text tokens, each by itself averaged over its tokens, in nats.
+    """Minimises the cross-entropy of image and text tokens, each by itself averaged, in nats.
 
     Ramesh et al. 2021, section 2.2, where the weights are 7/8 and 1/8. Of the text the words and the end are predicted,
-    not the start and the padding, and nothing of a caption that was dropped: the text's part stays one of captions.
-    Words are averaged within a rank's micro-batch, where one among few weighs more than it would in the whole batch.
+    not the start and the padding, and nothing of a caption that was dropped, which adds 0. Words are averaged caption
+    by caption, where the paper averages over those of a batch: see `mean_by_caption`.
 
     Args:
         network: of caption and picture in one sequence.
@@ -73,13 +87,13 @@ class AutoregressiveModel(Model):
         drop = torch.zeros_like(batch["positions"], dtype=torch.bool)
         if u is None:
             drop = self.uniform(batch, "caption_dropout") < self.caption_dropout
-        image, text = self.predictions(batch, drop)
-        image_nll, text_nll = (_mean_nll(*of) for of in (image, text))
+        image, text, words = self.predictions(batch, drop)
+        image_nll, text_nll = F.cross_entropy(*image), mean_by_caption(*text, words)
         loss = self.image_weight * image_nll + self.text_weight * text_nll
         return {"loss": loss, "image_nll": image_nll, "text_nll": text_nll}
 
-    def predictions(self, batch: dict[str, Any], drop: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Of the image tokens, then of the text tokens: logits (N, K) float32 and the true tokens (N,) int64.
+    def predictions(self, batch: dict[str, Any], drop: Tensor) -> Predictions:
+        """What is said of all tokens of a batch.
 
         Args:
             batch: of B samples.
@@ -92,11 +106,6 @@ class AutoregressiveModel(Model):
             tokens = self.autoencoder.tokens(images)
         _, *grid = self.autoencoder.latent_shape(*images.shape[-2:])
         text_logits, image_logits = self.network(ids, mask, tokens, tuple(grid))
-        predicted = (mask & ~drop.to(mask.device)[:, None])[:, 1:]
-        text = text_logits[predicted].float(), ids[:, 1:][predicted]
-        return (image_logits.flatten(0, 1).float(), tokens.flatten()), text
-
-
-def _mean_nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean negative log-probability, a scalar in nats; 0 of no tokens."""
-    return F.cross_entropy(logits, tokens, reduction="sum") / max(1, len(tokens))
+        words = (mask & ~drop.to(mask.device)[:, None])[:, 1:]
+        text = text_logits[words].float(), ids[:, 1:][words]
+        return Predictions((image_logits.flatten(0, 1).float(), tokens.flatten()), text, words)

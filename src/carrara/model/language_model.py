@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara import keyed_random
 from carrara.language_model.transformer import MASK_ID, LanguageModel
 from carrara.model.base import Model, OptimizerFactory
+from carrara.model.token_loss import mean_by_caption
 from carrara.network.hugging_face import EXPORTED
 
 _CHOSEN = 0.15  # of the words, to be predicted; of these
@@ -18,7 +18,7 @@ _REPLACED = 0.1  # are replaced by any token, and the rest is left as it is
 
 
 class LanguageModelModel(Model):
-    """Mean cross-entropy of the predicted tokens.
+    """Mean cross-entropy of the predicted tokens, caption by caption: see `mean_by_caption`.
 
     - masked: 15 % of each caption's words, rounded, and one at least; 80 % of them are hidden, 10 % replaced at random
       and 10 % left, so that the network has to look at all of them (Devlin et al. 2019, section 3.1). All draws are
@@ -54,11 +54,10 @@ class LanguageModelModel(Model):
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         """The loss; there is nothing for `u` to replace."""
-        logits, targets = self.predictions(batch)
-        return {"loss": F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))}
+        return {"loss": mean_by_caption(*self.predictions(batch))}
 
-    def predictions(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits (N, vocab_size) float32 and the true ids (N,) int64 of a batch's N predicted tokens."""
+    def predictions(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a batch's N predicted tokens: logits (N, vocab_size) float32, true ids (N,), and (B, L) bool where."""
         model = self.language_model
         ids, mask = (x.to(self.device) for x in model.tokenizer(batch["captions"]))
         targets = model.targets(ids, mask)
@@ -68,7 +67,7 @@ class LanguageModelModel(Model):
         else:
             chosen = self._choose(batch, targets)
             hidden = model(self._corrupt(batch, ids, chosen), mask)
-        return model.logits(hidden[chosen]).float(), ids[chosen]
+        return model.logits(hidden[chosen]).float(), ids[chosen], chosen
 
     def write_exported(self, folder: Path) -> None:
         self.language_model.save_pretrained(folder / EXPORTED)

@@ -64,17 +64,25 @@ class RestorationModel(Model):
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         clean = self.images(batch)
-        first, second = (self.corruption(clean, batch["keys"], number) for number in (0, 1))
         toss = self.uniform(batch, "version") if u is None else torch.zeros(len(clean), device=clean.device)
-        swapped = (toss > 0.5)[:, None, None, None]
-        version, other = torch.where(swapped, second, first), torch.where(swapped, first, second)
+        swapped = toss > 0.5
+        version = self._versions(clean, batch["keys"], swapped)
         noisy = as_stored(version)
         if self.target == "self":
             mask = masked_pixels(self.uniform(batch, "mask"), noisy.shape[2], noisy.shape[3])
-            error = self._distance(restored(self.restoration, without(mask, noisy)), version)
-            return {"loss": (error * mask).sum() / (mask.sum() * error.shape[1])}
-        target = clean if self.target == "clean" else other
+            error = self._distance(restored(self.restoration, without(mask, noisy)), version).mean(1, keepdim=True)
+            return {"loss": ((error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()}
+        target = clean if self.target == "clean" else self._versions(clean, batch["keys"], ~swapped)
         return {"loss": self._distance(restored(self.restoration, noisy), target).mean()}
+
+    def _versions(self, clean: Tensor, keys: list[str], second: Tensor) -> Tensor:
+        """Of each picture the first noisy version, or where `second` (B,) says so the other."""
+        versions = torch.empty_like(clean)
+        for number, rows in ((0, ~second), (1, second)):
+            if rows.any():
+                chosen = [key for key, row in zip(keys, rows.tolist(), strict=True) if row]
+                versions[rows] = self.corruption(clean[rows], chosen, number)
+        return versions
 
     def _distance(self, answer: Tensor, target: Tensor) -> Tensor:
         """Of each value."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from carrara.network.attention import Attention, axial_angles, rotary_angles
 from carrara.network.cache import Cache
@@ -84,6 +85,7 @@ class TextImageTransformer(nn.Module):
         depth: number of blocks.
         heads: attention heads.
         expansion: hidden width of the feed-forward layers, in widths, rounded.
+        checkpointing: recompute blocks in the backward pass instead of keeping their activations.
     """
 
     not_hidden = ("text_out", "image_out")
@@ -97,6 +99,7 @@ class TextImageTransformer(nn.Module):
         depth: int,
         heads: int,
         expansion: float,
+        checkpointing: bool = False,
     ):
         super().__init__()
         if num_codes < 2:
@@ -107,6 +110,7 @@ class TextImageTransformer(nn.Module):
         self.num_codes = num_codes
         self.width = width
         self.head_width = width // heads
+        self.checkpointing = checkpointing
         self.tokenizer = Tokenizer(vocab_size, max_length)
         self.words = nn.Embedding(vocab_size, width)
         self.padding = nn.Parameter(0.5 * torch.randn(max_length, width))
@@ -139,7 +143,9 @@ class TextImageTransformer(nn.Module):
         before = self.codes(tokens[:, :-1]) + positions[:-1]
         x = torch.cat([self._caption(ids, mask), before], dim=1)
         for block in self.blocks:
-            x = block(x, angles[:-1])
+            inputs = x, angles[:-1]
+            recomputes = self.checkpointing and self.training
+            x = checkpoint(block, *inputs, use_reentrant=False) if recomputes else block(*inputs)
         x = self.norm(x)
         last = self.max_length - 1
         return self.text_out(x[:, :last]), self.image_out(x[:, last:])
