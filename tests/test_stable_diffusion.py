@@ -4,13 +4,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
+from carrara.build import build_pipeline, load_trained
 from carrara.callback.checkpoint_file import newest_valid
-from tests.published.pipelines import LENGTH, WIDTH, save_pipeline
+from carrara.pipeline.text_to_image import TextToImage
+from tests.published.pipelines import LENGTH, WIDTH, save_pipeline, start
 from tests.test_end_to_end import run
 
 pytestmark = pytest.mark.slow
@@ -78,16 +82,24 @@ def test_additions_are_trained_exported_and_opened(tmp_path):
     assert refused.returncode != 0 and "export=exported is there already" in refused.stderr
 
 
-def test_all_weights_are_trained_from_the_published_ones(tmp_path):
+def test_all_weights_are_trained_from_the_published_ones(tmp_path, monkeypatch):
     published = tmp_path / "published"
     save_pipeline(published)
     succeeded(run("train.py", *arguments(published), "trainer.learning_rate=1e-9", cwd=tmp_path))
     (folder,) = (tmp_path / "runs" / "latent_unet-shapes").iterdir()
-    succeeded(run("generate.py", f"run={folder}", "export=exported", f"prompt={PROMPT}", "count=1", cwd=tmp_path))
+    order = ["export=exported", f"prompt={PROMPT}", "count=1", "num_steps=7", "out=made"]
+    succeeded(run("generate.py", f"run={folder}", *order, cwd=tmp_path))
     ours, theirs = (StableDiffusionPipeline.from_pretrained(tmp_path / name) for name in ("exported", "published"))
     theirs.scheduler = ours.scheduler
     noise = torch.randn(1, 4, 16, 16)
     assert (pictures(ours, noise) - pictures(theirs, noise)).abs().max() < 1e-3
+    monkeypatch.chdir(tmp_path)  # the run names its parts from here
+    config, model, modules = load_trained(folder)
+    pipeline = build_pipeline(config, modules)(model)
+    assert isinstance(pipeline, TextToImage)
+    how = {"num_inference_steps": 7, "guidance_scale": 7.5, "latents": start(pipeline, [PROMPT]), "output_type": "pt"}
+    png = torch.from_numpy(np.asarray(Image.open("made/0000.png"))).permute(2, 0, 1) / 255
+    assert png.std() > 0.05 and (ours(PROMPT, **how).images[0] - png).abs().max() < 0.5 / 255 + 1e-3
 
 
 def test_a_run_that_cannot_be_exported_is_told_all_reasons(tmp_path):

@@ -1,13 +1,17 @@
 """Models of `diffusers` and `transformers` with random weights, and whole pipelines of them in a folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
+
+from carrara.diffusion.sampler import Ancestral
+from carrara.pipeline.text_to_image import TextToImage
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -127,3 +131,17 @@ def change_json(file: Path, **changes: Any) -> None:
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
+
+
+def start(pipeline: TextToImage, captions: list[str]) -> Tensor:
+    """What our sampler starts from, of seed 0."""
+    seen: list[Tensor] = []
+
+    class Seen(Ancestral):
+        def __call__(self, denoise, x, *rest):
+            seen.append(x)
+            return x
+
+    how = replace(pipeline.sampling, sampler=Seen())
+    replace(pipeline, sampling=how)(captions, range(len(captions)), 0)
+    return seen[0]

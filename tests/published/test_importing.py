@@ -149,6 +149,14 @@ def no_scale(folder: Path) -> None:
     change_json(folder / "vae" / "config.json", scaling_factor=0)
 
 
+def a_text_for_a_shift(folder: Path) -> None:
+    change_json(folder / "vae" / "config.json", shift_factor="x")
+
+
+def less_than_nothing(folder: Path) -> None:
+    change_json(folder / "vae" / "config.json", latent_channels=-4)
+
+
 def unknown_value(folder: Path) -> None:
     change_json(folder / "vae" / "config.json", act_fn="gelu")
 
@@ -169,6 +177,8 @@ def unknown_value(folder: Path) -> None:
         (unknown_field, r"vae/config.json: the field swirl is not known"),
         (a_text_for_a_number, r"vae/config.json: nothing can be built of it"),
         (no_scale, r"vae/config.json: scaling_factor is 0; it must be positive"),
+        (a_text_for_a_shift, r"vae/config.json: shift_factor is x; it must be a number"),
+        (less_than_nothing, r"vae/config.json: nothing can be built of it"),
         (unknown_value, r"vae/config.json: act_fn is gelu; only silu"),
     ],
 )

@@ -45,6 +45,8 @@ def node_of(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             )
     if not fields["scaling_factor"] > 0:
         raise UserError(f"{file}: scaling_factor is {fields['scaling_factor']}; it must be positive")
+    if not isinstance(fields["shift_factor"], int | float | None):
+        raise UserError(f"{file}: shift_factor is {fields['shift_factor']}; it must be a number")
     node = {
         "_target_": _TARGET,
         "latent_channels": fields["latent_channels"],

@@ -40,7 +40,7 @@ def node_of(published: Published, kind: str) -> dict[str, Any]:
     file = published.config_file
     try:
         return _KINDS[kind].node_of(file, published.config)
-    except (TypeError, ValueError, ArithmeticError) as error:  # a text where a number is meant, say
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # a text where a number is meant, say
         raise UserError(f"{file}: nothing can be built of it ({error})") from None
 
 

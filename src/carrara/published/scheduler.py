@@ -7,7 +7,7 @@ from typing import Any
 from carrara.errors import UserError
 
 FILE = "scheduler_config.json"
-CLASS = "DDIMScheduler"
+CLASS = "DPMSolverMultistepScheduler"
 NUM_STEPS = 1000
 """Of the table: the network is told an index of it as its time."""
 
@@ -33,6 +33,10 @@ def nodes_of(file: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     Raises:
         UserError: a table or target that ours cannot be.
     """
+    if "beta_schedule" not in config:  # of flow matching, say
+        raise UserError(
+            f"{file}: {config.get('_class_name')} has no beta_schedule; only tables of betas can be read here"
+        )
     fields = {key: config.get(key, default) for key, default in _DEFAULTS.items()}
     for key, known in (
         ("beta_schedule", list(_TABLES)),
@@ -55,7 +59,10 @@ def nodes_of(file: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
 
 
 def config_of(diffusion: Mapping[str, Any]) -> dict[str, Any]:
-    """The `scheduler_config.json` with which `diffusers` samples as our DDIM does.
+    """The `scheduler_config.json` with which `diffusers` samples as our DDIM does, in any number of steps.
+
+    It is DPM-Solver++ of order 1, which is DDIM (Lu et al. 2022, section 4): their DDIMScheduler goes from t to
+    t − 1000 // steps, which is not the next time unless the number of steps divides 1000.
 
     Args:
         diffusion: the run's node, of which `problems_of` finds none.
@@ -69,8 +76,9 @@ def config_of(diffusion: Mapping[str, Any]) -> dict[str, Any]:
         "beta_schedule": kind,
         "prediction_type": _PREDICTION_TYPES[_class_of(diffusion["parameterization"])],
         "rescale_betas_zero_snr": zero,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 1,
+        "final_sigmas_type": "zero",
         "timestep_spacing": "trailing",
         "steps_offset": 1,  # not read with trailing steps; the pipeline warns of 0
     }
