@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from carrara.architecture import check_fit, meta_modules, optimizer_bytes
+from carrara.architecture import check_fit, check_trained, meta_modules, optimizer_bytes
 from carrara.config import build, compose
 from carrara.errors import UserError
 from carrara.network.caption_mean import CaptionMean
@@ -99,6 +99,55 @@ def test_a_conditioner_without_its_language_model_is_refused():
     config = compose(CONF, "train", ["conditioner=language_model", "part.language_model=null", "size=demo"]).config
     with pytest.raises(UserError, match=r"part\.language_model=null, but the conditioner reads it"):
         meta_modules(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=pixel_unet", "autoencoder=kl"], "autoencoder: model=pixel_unet takes none that has to be trained"),
+        (["model=pixel_flow", "autoencoder=vq"], "autoencoder: model=pixel_flow takes none"),
+        (["model=latent_unet", "part.autoencoder=null"], r"part\.autoencoder=null: model=latent_unet needs a trained"),
+        (["model=dalle", "part.autoencoder=null"], r"part\.autoencoder=null: model=dalle needs"),
+        (["model=gan", "part.autoencoder=null"], r"part\.autoencoder=null: model=gan needs"),
+        (["model=prior", "part.clip=null"], r"part\.clip=null: model=prior needs"),
+        (["model=dalle2", "part.clip=null"], r"part\.clip=null: model=dalle2 needs"),
+    ],
+)
+def test_what_is_not_trained_along_has_been_trained(overrides, message):
+    """Random weights that nothing keeps would be others at every start."""
+    config = compose(CONF, "train", [*overrides, "size=demo"]).config
+    with pytest.raises(UserError, match=message):
+        check_trained(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("model", ["autoencoder", "latent_unet", "pixel_unet", "gan", "vae", "imagen", "dalle2"])
+def test_what_is_trained_along_or_named_needs_no_more(model):
+    config = compose(CONF, "train", [f"model={model}", "size=demo"]).config
+    check_trained(config, meta_modules(config)[0])
+
+
+@pytest.mark.parametrize("model", ["gan", "latent_unet", "latent_flow"])
+@pytest.mark.parametrize("autoencoder", ["identity", "shrunken"])
+def test_pixels_need_no_trained_auto_encoder(model, autoencoder):
+    config = compose(CONF, "train", [f"model={model}", f"autoencoder={autoencoder}", "size=demo"]).config
+    assert config["part"]["autoencoder"] is None
+    modules, _ = meta_modules(config)
+    check_trained(config, modules)
+    check_fit(config, modules)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=super_resolution", "model.factor=3"], r"model\.factor=3 does not divide data\.resolution=32"),
+        (["model=imagen", "autoencoder=kl"], "pictures are enlarged as they are, not as latents"),
+        (["model=dalle2", "conditioner=text"], "the decoder reads no captions: take conditioner=image_embedding"),
+    ],
+)
+def test_a_system_of_parts_that_it_cannot_use_is_refused(overrides, message):
+    config = compose(CONF, "train", [*overrides, "size=demo"]).config
+    with pytest.raises(UserError, match=message):
+        check_fit(config, meta_modules(config)[0])
 
 
 @pytest.mark.parametrize("key", ["in_channels=5", "resolution=4", "context_width=77", "pooled_width=7"])

@@ -168,6 +168,10 @@ def lose_weights(folder: Path) -> None:
     (folder / "weights.safetensors").unlink()
 
 
+def know_more(folder: Path) -> None:
+    save_yaml(folder / "config.yaml", {**load_yaml(folder / "config.yaml"), "with_attention": True})
+
+
 def lose_card(folder: Path) -> None:
     (folder / "card.json").unlink()
 
@@ -184,6 +188,7 @@ def break_card(folder: Path) -> None:
         (retarget, r"'torch\.load' lies outside carrara\.autoencoder"),
         (elsewhere, r"lies outside carrara\.autoencoder"),
         (nest, r"os\.system"),
+        (know_more, r"carrara\.autoencoder\.kl\.KL has no setting with_attention"),
         (lose_weights, "does not exist: export the component again"),
         (lose_card, "is no component: it has no card.json"),
         (break_card, "is damaged"),

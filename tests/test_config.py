@@ -245,8 +245,14 @@ def test_build_says_what_a_constructor_says():
     }
     with pytest.raises(UserError, match=r"autoencoder\.downsampling=8"):
         build({**node, "num_blocks": 1, "patch": 1, "kl_weight": 0.0})
-    with pytest.raises(TypeError, match="widths"):
-        build({**node, "widths": 1})
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_build_names_a_setting_that_a_class_does_not_have(nested):
+    node = {"_target_": "carrara.diffusion.schedule_table.Linear", "beta_strt": 1e-4, "beta_end": 0.02, "num_steps": 9}
+    whole = {"_target_": "carrara.diffusion.schedule_table.ZeroTerminalSNR", "table": node} if nested else node
+    with pytest.raises(UserError, match=r"Linear has no setting beta_strt; did you mean 'beta_start'\?"):
+        build(whole)
 
 
 def test_a_fingerprint_is_of_the_content():

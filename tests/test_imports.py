@@ -19,8 +19,8 @@ PARTS = {"autoencoder", "classifier", "conditioner", "evaluator", "language_mode
 BELOW_PIPELINE = FOUNDATION | {"corruption", "diffusion", "network", "data", "metric", "model"} | PARTS
 BELOW_COMMANDS = {"component", "config", "published", "pipeline", "callback", "search"}
 COMMANDS = {
-    "architecture", "build", "command", "command_line", "launch", "parts", "plan", "precision", "rank", "report",
-    "run_folder", "sampling", "score_card", "scoring", "start", "worker", "world",
+    "architecture", "build", "cache_use", "command", "command_line", "launch", "parts", "plan", "precision", "rank",
+    "report", "run_folder", "sampling", "score_card", "scoring", "start", "worker", "world",
 }  # fmt: skip
 
 ALLOWED: dict[str, set[str]] = {
@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "callback": BELOW_PIPELINE | {"component", "pipeline"},
     **dict.fromkeys(COMMANDS, BELOW_PIPELINE | COMMANDS | BELOW_COMMANDS),
 }
-FAMILIES = ("report", "config")  # units of several files: report.py, report_chart.py, …
+FAMILIES = ("report", "config", "parts")  # units of several files: report.py, report_chart.py, …
 OUTSIDE = {"diffusion": {"torch"}}  # besides the standard library; a unit that is not named may import any package
 
 

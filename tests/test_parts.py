@@ -158,6 +158,41 @@ def test_a_language_model_of_another_width_is_refused(tmp_path, monkeypatch):
             needed_parts(CONF, composed, None)
 
 
+def saved_clip(folder: str, **changes: object) -> dict[str, object]:
+    """The node of a small evaluator that lies in the folder from now on."""
+    sizes = [f"size.evaluator.{key}=16" for key in ("image_width", "text_width", "embedding_width")]
+    node = {**compose(CONF, "train", ["model=clip", "size=demo", *sizes]).config["evaluator"], **changes}
+    save_component(Path(folder), "evaluator", node, build(node), {"fingerprint": "", "data": {}, "scores": {}})
+    return node
+
+
+def test_a_clip_of_another_width_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_clip("clip")
+    for model in ("prior", "autoregressive_prior", "dalle2"):
+        composed = compose(CONF, "train", [f"model={model}", "part.clip=clip", "size=demo"])
+        with pytest.raises(UserError, match=r"part\.clip=clip has embedding_width 16, this run's clip has 128: pass"):
+            needed_parts(CONF, composed, None)
+
+
+def test_the_clip_that_made_the_embeddings_does_not_judge_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    node = saved_clip("clip")
+    saved_clip("other")
+    config = {"runs_dir": "runs", "clip": node, "evaluator": node}
+    with pytest.raises(UserError, match=r"part\.evaluator=clip is part\.clip, too, which would judge what it has made"):
+        needed_parts(Path(), Composed({**config, "part": {"clip": "clip", "evaluator": "clip"}}, {}), None)
+    parts = needed_parts(Path(), Composed({**config, "part": {"clip": "clip", "evaluator": "other"}}, {}), None)
+    assert [part.folder for part in parts] == [Path("clip"), Path("other")]
+
+
+@pytest.mark.parametrize("overrides", [["model=evaluator"], ["model=clip"], ["model=language_model"], ["model=vae"]])
+def test_what_learns_from_captions_needs_some(overrides):
+    composed = compose(CONF, "train", [*overrides, "data=laion", "size=demo", "data.caption=null"])
+    with pytest.raises(UserError, match=r"data\.caption=null leaves model=\w+ nothing to learn from"):
+        needed_parts(CONF, composed, None)
+
+
 def test_no_part_is_no_part(run):
     assert needed_parts(Path(), composed(None), None) == []
 

@@ -61,10 +61,11 @@ def test_a_run_is_found_by_its_path_or_its_place(tmp_path, monkeypatch):
 
 
 def test_what_may_change_in_a_resumed_run():
-    assert continued(CONFIG, {"trainer.devices": 2, "trainer.max_steps": 7})["trainer"] == {
+    assert continued(CONFIG, {"trainer.devices": 2, "trainer.max_steps": 7, "trainer.timeout_s": 9.0})["trainer"] == {
         "devices": 2,
         "batch_size": 8,
         "max_steps": 7,
+        "timeout_s": 9.0,
     }
     assert CONFIG["trainer"] == {"devices": 1, "batch_size": 8, "max_steps": 5}
     with pytest.raises(UserError, match="seed cannot change"):

@@ -129,7 +129,7 @@ def test_a_weak_model_where_nothing_is_guided(config, tmp_path):
     set_sampling(config, CONF, NOTHING | {"guidance_scale": 1})
     with pytest.raises(UserError, match="guides nothing"):
         load_weak("weak", config, tmp_path, torch.device("cpu"))
-    with pytest.raises(UserError, match="samples nothing"):
+    with pytest.raises(UserError, match="is not guided"):
         load_weak("weak", {"name": "autoencoder"}, tmp_path, torch.device("cpu"))
 
 
@@ -201,6 +201,6 @@ def test_a_start_from_next_to_nothing_is_told(schedule, target, thresholding, do
     config = compose(CONF, "train", ["model=pixel_unet", *(f"diffusion/{part}" for part in parts)]).config
     monkeypatch.setattr(logging.getLogger("carrara"), "propagate", True)  # a command of an earlier test may have set it
     with caplog.at_level(logging.WARNING):
-        train._check_modules(config)
+        train._check_modules(config, [])
     assert (f"{target} with the" in caplog.text and "expect noise" in caplog.text) == doubtful
     assert len(caplog.records) == doubtful

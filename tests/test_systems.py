@@ -299,3 +299,8 @@ def test_imagen_makes_small_pictures_and_enlarges_them(workplace: tuple[Path, Pa
     assert done.returncode == 0, done.stderr
     (folder,) = (cwd / "runs" / "super_resolution-shapes").iterdir()
     assert last(folder, "val/psnr_bicubic") > 10
+    done = run("generate.py", f"run={folder}", f"image={cwd / 'im' / '0000.png'}", "count=2", "out=large", cwd=cwd)
+    assert done.returncode == 0 and Image.open(cwd / "large" / "0001.png").size == (32, 32), done.stderr
+    for wrong in (["prompt=a red circle"], ["image=[a,b]"], [f"image={cwd / 'im' / '0000.png'}", "strength=0.5"]):
+        done = run("generate.py", f"run={folder}", *wrong, cwd=cwd)
+        assert done.returncode == 2 and "super_resolution enlarges one picture: image=FILE, without" in done.stderr

@@ -44,6 +44,28 @@ def meta_modules(config: Config) -> tuple[dict[str, nn.Module], Model]:
     return modules, model
 
 
+def check_trained(config: Config, modules: Mapping[str, nn.Module]) -> None:
+    """What a model takes as it is has been trained: random weights would be others at every start.
+
+    Args:
+        config: of the run.
+        modules: of `meta_modules`.
+
+    Raises:
+        UserError: an auto-encoder or CLIP that is frozen and that no part is named for.
+    """
+    part = config.get("part") or {}
+    for name in ("autoencoder", "clip"):
+        parameters = list(modules[name].parameters()) if name in modules else []
+        if parameters and part.get(name) is None and not any(one.requires_grad for one in parameters):
+            if name not in part:
+                raise UserError(f"{name}: model={config['name']} takes none that has to be trained; leave {name}=… out")
+            raise UserError(
+                f"part.{name}=null: model={config['name']} needs a trained one and does not train it: auto, or a "
+                "component or finished run"
+            )
+
+
 def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     """Calls a noise predictor, a network that restores, a flow or a generator once on shapes without numbers.
 
@@ -56,6 +78,8 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     """
     if isinstance(own := modules.get("autoencoder"), Autoencoder):
         _check_downsampling(own, "resolution", config["data"]["resolution"])
+    if config["data"]["resolution"] % (factor := config["model"].get("factor", 1)):
+        raise UserError(f"model.factor={factor} does not divide data.resolution={config['data']['resolution']}")
     if "corruption" in config:
         autoencoder: nn.Module = Identity()  # pictures are restored as they are
     elif "autoencoder" in modules and ("diffusion" in config or isinstance(modules.get("network"), TarFlow)):

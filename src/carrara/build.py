@@ -13,12 +13,9 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.callback.checkpoint_file import newest_valid
 from carrara.callback.ema import trainable
 from carrara.callback.score import Score
-from carrara.component import CONDITIONED, load_component, read_component
-from carrara.conditioner.pretrained import Pretrained
+from carrara.component import CONDITIONED, load_component
 from carrara.config import Config, build
-from carrara.data.cached import Facts, check_facts, shape_text
 from carrara.data.module import ShardData
-from carrara.data.reader import Decoding, Use
 from carrara.diffusion.objective import Objective
 from carrara.diffusion.thresholding import Unbounded
 from carrara.errors import UserError
@@ -112,22 +109,39 @@ def build_model(config: Config) -> tuple[Model, dict[str, nn.Module]]:
     return build(node, **_wanted(model_class, rest)), modules
 
 
+Stage = tuple[Callable[[Model], Pipeline], Model]
+"""What makes the pipeline of a part that is a whole run, and its model."""
+
+
 def build_pipeline(
-    config: Config, modules: Mapping[str, nn.Module], weak: DenoisingModel | None = None
+    config: Config,
+    modules: Mapping[str, nn.Module],
+    weak: DenoisingModel | None = None,
+    stages: Mapping[str, Stage] | None = None,
 ) -> Callable[[Model], Pipeline]:
     """What makes a pipeline of the run's model as it is then: its `pipeline` node, with what that asks for.
+
+    Args:
+        config, modules: of the run.
+        weak: guides.
+        stages: the parts that are whole runs; by default those that the config names.
 
     Raises:
         UserError: the run trains nothing that makes pictures, or settings of its sampling that are impossible.
     """
     if "pipeline" not in config:
         raise UserError(f"model={config['name']} makes no pictures")
-    stages = {name: _stage(Path(folder)) for name, folder in stages_of(config).items()}
+    if stages is None:
+        stages = {name: _stage(Path(folder)) for name, folder in stages_of(config).items()}
     available: dict[str, Any] = {**_judges(config, modules), "resolution": config["data"]["resolution"]}
     if "diffusion" in config:
         available["sampling"] = build_sampling(config, modules.get("autoencoder"), weak)
     node = config["pipeline"]
-    wanted = _wanted(build({**node, "_partial_": True}), available)
+    factory = build({**node, "_partial_": True})
+    wanted = _wanted(factory, available)
+    for name in STAGES:
+        if name in inspect.signature(factory).parameters and name not in stages:
+            raise UserError(f"part.{name}=null: model={config['name']} is sampled after it: auto, or a finished run")
 
     def pipeline(model: Model) -> Pipeline:
         made = {name: make(stage.to(model.device)) for name, (make, stage) in stages.items()}
@@ -142,8 +156,8 @@ def stages_of(config: Config) -> dict[str, str]:
     return {name: part[name] for name in STAGES if part.get(name) is not None}
 
 
-def _stage(component: Path) -> tuple[Callable[[Model], Pipeline], Model]:
-    """What makes the pipeline of the run that a component was trained in, and its model."""
+def _stage(component: Path) -> Stage:
+    """Of the run that a component was trained in."""
     config, model, modules = load_trained(component.parent)
     return build_pipeline(config, modules), model.requires_grad_(False)
 
@@ -155,8 +169,21 @@ def build_scores(
     available: dict[str, Any] = {**_judges(config, modules), "check": data.prompt_check}
     if "pipeline" in config:
         available["pipeline"] = build_pipeline(config, modules, weak)
-    built = [build(node) for node in config["callback"].values() if isinstance(node, Mapping)]
-    return [score(**_wanted(score, available)) if isinstance(score, partial) else score for score in built]
+    made = score_makers(config)
+    return [score(**_wanted(score, available)) if isinstance(score, partial) else score for score in made]
+
+
+def score_makers(config: Config) -> list[Any]:
+    """Scores, and of those that judge pictures what makes them of a pipeline and judges.
+
+    Raises:
+        UserError: settings that are impossible, or a classifier that none of them asks.
+    """
+    made = [build(node) for node in config["callback"].values() if isinstance(node, Mapping)]
+    asking = [one for one in made if isinstance(one, partial) and "classifier" in inspect.signature(one).parameters]
+    if (config.get("part") or {}).get("classifier") is not None and not asking:
+        raise UserError(f"part.classifier: no score of model={config['name']} asks one; leave it out")
+    return made
 
 
 def _judges(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module | None]:
@@ -168,46 +195,6 @@ def _judges(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, nn.Mo
 def _wanted(factory: Callable[..., Any], available: Mapping[str, Any]) -> dict[str, Any]:
     """What of `available` a constructor asks for by name."""
     return {name: available[name] for name in available.keys() & inspect.signature(factory).parameters.keys()}
-
-
-def usable_cache(config: Config, data: ShardData, model: Model, modules: Mapping[str, nn.Module]) -> Use:
-    """What of the shards' cache a run trains on: nothing if there is none, or if the model learns from pictures.
-
-    Raises:
-        UserError: there is a cache, made with something else than the run has.
-    """
-    autoencoder, conditioner = modules.get("autoencoder"), modules.get("conditioner")
-    if not model.takes_latents or (config.get("part") or {}).get("autoencoder") is None:
-        return "pictures"
-    found = data.cached
-    if found is None:
-        return "pictures"
-    if data.stages or data.decoding.flip or len(data.sizes) > 1:
-        raise UserError(
-            "data.stages, data.flip and data.bucket_aspect change pictures, and the shards hold them encoded: leave "
-            "them out, or set data.use_cache=false"
-        )
-    assert isinstance(autoencoder, Autoencoder)
-    check_facts(found, latent_facts(Path(config["part"]["autoencoder"]), autoencoder, data.decoding))
-    if not isinstance(conditioner, Pretrained) or found.get("encoder") is None:
-        return "latents"
-    check_facts(found, text_facts(conditioner, data.decoding))
-    return "latents_and_text"
-
-
-def latent_facts(folder: Path, autoencoder: Autoencoder, decoding: Decoding) -> Facts:
-    """What cached latents depend on; `folder` is the auto-encoder's component."""
-    return {
-        "autoencoder": read_component(folder, "autoencoder").card["sha256"],
-        "resolution": decoding.resolution,
-        "crop": decoding.crop,
-        "latent_shape": shape_text(autoencoder.latent_shape(decoding.resolution, decoding.resolution)),
-    }
-
-
-def text_facts(conditioner: Pretrained, decoding: Decoding) -> Facts:
-    """What cached texts depend on: the encoder, and which caption of a sample it has read."""
-    return {**conditioner.facts(), "caption": decoding.caption, "text_width": conditioner.width}
 
 
 def exported_config(config: Config, kind: str) -> Config:

@@ -1,9 +1,10 @@
 """Configs: composed and checked by Hydra, resolved once into plain dicts, built from our own classes only."""
 
 import hashlib
+import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,13 +134,13 @@ def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
     """The object that a node's `_target_` names, nested nodes built first; `arguments` join the node's own.
 
     Raises:
-        UserError: a target that is no class or function of ours, an interpolation, or what a constructor says of its
-            settings.
+        UserError: a target that is no class or function of ours, a setting that it does not have, an interpolation, or
+            what a constructor says of its settings.
     """
     if "_target_" not in node:
         raise UserError(f"a node without _target_ cannot be built; it has {', '.join(node) or 'nothing'}")
-    for target in config_check.targets(node):
-        _refuse_foreign(target)
+    for inner in config_check.nodes(node):
+        _refuse_unknown(inner, _of_ours(str(inner["_target_"])))
     config_check.refuse_interpolations(node)
     try:  # Hydra builds the nested nodes; the outermost is called here, since Hydra would copy `arguments`
         outermost = hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})
@@ -153,8 +154,8 @@ def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
     raise cause
 
 
-def _refuse_foreign(target: str) -> None:
-    """`carrara.data.loader.os.system` has our prefix; what it names has not."""
+def _of_ours(target: str) -> Callable[..., Any]:
+    """What a target names. `carrara.data.loader.os.system` has our prefix; what it names has not."""
     config_check.check_target(target)
     try:
         found = hydra.utils.get_object(target)
@@ -162,6 +163,15 @@ def _refuse_foreign(target: str) -> None:
         raise UserError(f"_target_ {target} cannot be found: {str(error).splitlines()[-1]}") from None
     if not str(getattr(found, "__module__", "")).startswith("carrara.") or not callable(found):
         raise UserError(f"_target_ {target} is not a class or function of carrara; it will not be built")
+    return found
+
+
+def _refuse_unknown(node: Mapping[str, Any], factory: Callable[..., Any]) -> None:
+    """Of another version of a class, or of another class than the one that is named."""
+    known = inspect.signature(factory).parameters
+    for key in node:
+        if key not in known and not key.startswith("_"):
+            raise UserError(f"{node['_target_']} has no setting {key}{config_check.did_you_mean(key, list(known))}")
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -246,14 +246,20 @@ def _check_batch(trainer: Mapping[str, Any]) -> None:
 
 def targets(content: object) -> Iterator[str]:
     """All `_target_`s in plain data, nested ones too."""
+    for node in nodes(content):
+        yield str(node["_target_"])
+
+
+def nodes(content: object) -> Iterator[Mapping[str, Any]]:
+    """All that has a `_target_` in plain data, nested ones too."""
     if isinstance(content, Mapping):
         if "_target_" in content:
-            yield str(content["_target_"])
+            yield content
         for value in content.values():
-            yield from targets(value)
+            yield from nodes(value)
     elif isinstance(content, (list, tuple)):
         for value in content:
-            yield from targets(value)
+            yield from nodes(value)
 
 
 def check_targets(config: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from carrara import run_folder
 from carrara.component import CARD, read_component
 from carrara.config import Composed, Config, compose, fingerprint
 from carrara.errors import UserError
+from carrara.parts_check import check_captions, check_interface, check_judge
 from carrara.start import check_lora, check_start, network_of
 
 if TYPE_CHECKING:
@@ -24,15 +25,12 @@ AUTO = "auto"
 STAGES = ("small_pictures", "prior")
 """Parts that are whole runs, which know how they are sampled; the rest are components."""
 
-_CARRIED = tuple(f"trainer.{key}" for key in ("devices", "num_nodes", "accelerator", "precision"))
+_CARRIED = tuple(
+    f"trainer.{key}" for key in run_folder.OF_THE_MACHINE if not key.startswith(("keep_", "best_"))
+)  # of a part's checkpoints the last one matters
 _NOT_THE_PART = (
     "runs_dir", "resume", "dry_run", "sweep", "logger", "callback", "size", "part", "data",
 )  # fmt: skip
-_INTERFACE = {  # what the network is built to fit
-    "autoencoder": ("latent_channels", "downsampling", "num_codes"),
-    "language_model": ("width", "max_length"),
-}
-
 _KINDS = {
     "small_pictures": ("noise_predictor",),
     "prior": ("noise_predictor", "generator"),  # diffusion, autoregression
@@ -86,9 +84,10 @@ def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | Non
         data_fingerprint: of the contents of the run's data; None where they are not there yet.
 
     Raises:
-        UserError: a part that does not exist, is of another kind, or does not fit the run's network.
+        UserError: a part that does not exist, is of another kind, does not fit the run's network, or judges itself.
     """
     config = composed.config
+    check_captions(config)
     found = []
     for kind, reference in (config.get("part") or {}).items():
         if reference is not None and kind == config.get("name"):
@@ -99,8 +98,9 @@ def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | Non
             found.append(_auto_part(conf_dir, composed, kind, data_fingerprint))
         elif reference is not None:
             part, node = _named(str(reference), kind, Path(config["runs_dir"]))
-            _check_interface(part, str(reference), node, config)
+            check_interface(kind, str(part.folder or reference), node, config)
             found.append(part)
+    check_judge({one.kind: one.folder for one in found if one.folder is not None and one.run is None})
     start = start_of(config)
     return found if start is None else [*found, start]
 
@@ -262,7 +262,7 @@ def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
     try:
         return compose(conf_dir, "train", [f"model={kind}", *choices], nodes)
     except UserError as mistake:
-        raise UserError(f"part.{kind}={AUTO} (model={kind}): {mistake}") from None
+        raise UserError(f"part.{kind}={AUTO}: python train.py model={kind} says {mistake}") from None
 
 
 def _part_fingerprint(config: Mapping[str, Any], parts: list[Part], data_fingerprint: str) -> str:
@@ -279,17 +279,6 @@ def _content_of(part: Part) -> str:
         return part.run.name
     assert part.folder is not None
     return str(read_component(part.folder).card["sha256"])
-
-
-def _check_interface(part: Part, reference: str, theirs: Config, config: Mapping[str, Any]) -> None:
-    kind, node, name = part.kind, config.get(part.kind) or {}, part.folder or reference
-    for key in _INTERFACE.get(kind, ()):
-        other, ours = theirs.get(key), node.get(key)
-        if other is not None and ours is not None and other != ours:
-            raise UserError(
-                f"part.{kind}={name} has {key} {other}, this run's {kind} has {ours}: "
-                f"pass {kind}.{key}={other}, or another part"
-            )
 
 
 def _portable(folder: Path) -> str:

@@ -16,15 +16,15 @@ from carrara.config import Config, check, fingerprint, load_yaml, save_yaml
 from carrara.config_check import refuse_interpolations
 from carrara.errors import UserError
 
-CHANGEABLE = tuple(
-    f"trainer.{key}" for key in ("devices", "num_nodes", "accelerator", "max_steps", "precision")
-)  # with resume=RUN
 OF_THE_MACHINE = (
     "devices", "num_nodes", "accelerator", "precision", "compile", "timeout_s",
     "checkpoint_minutes", "keep_checkpoints", "keep_every", "keep_best", "best_score", "best_is_highest",
     "max_restarts", "deterministic", "log_steps",
 )  # fmt: skip
 """Settings of the trainer that say how it is run and watched, not what is learnt."""
+
+CHANGEABLE = tuple(f"trainer.{key}" for key in (*OF_THE_MACHINE, "max_steps"))
+"""With resume=RUN."""
 
 _CONFIG, _COMPONENT, _LOCK = "config.yaml", "component", ".lock"
 _NOT_THE_RUN = ("resume", "dry_run", "sweep", "runs_dir", "logger")  # the same run may differ in these

@@ -45,7 +45,7 @@ def load_weak(reference: str, config: Config, runs_dir: Path, device: torch.devi
         UserError: there is none, or it denoises something else: other latents, schedule or target.
     """
     if "diffusion" not in config:
-        raise UserError(f"{config['name']} samples nothing: leave weak out")
+        raise UserError(f"{config['name']} is not guided: leave weak out")
     if config["diffusion"]["guidance"]["scale"] == 1:
         raise UserError(f"weak={reference} guides nothing where guidance_scale is 1")
     checkpoint = Path(reference) if reference.endswith(".ckpt") else None

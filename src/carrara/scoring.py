@@ -71,7 +71,7 @@ def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str,
     if steps is not None:
         check_likelihood(config, model, steps)
         score = config["callback"]["score"]
-        scorers.append(Likelihood(steps, order["seed"], score["num_images"], score["batch_size"]))
+        scorers.append(Likelihood(steps, score["seed"], score["num_images"], score["batch_size"]))
     for one in scorers:
         scores |= one(model, where)
     return score_card(config, data.validation.fingerprint, scores, weak_hash, steps)
@@ -88,7 +88,7 @@ def set_scores(config: Config, order: Config) -> None:
         if order[key] is None:
             continue
         having = [node for node in scores if key in node]
-        if not having and key in ("num_images", "inception"):  # the others are always given
+        if not having and key != "batch_size":  # which is always given
             raise UserError(f"{config['name']} is not scored with {key}: leave it out")
         for node in having:
             node[key] = order[key]

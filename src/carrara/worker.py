@@ -17,7 +17,8 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
-from carrara.build import build_model, build_scores, exported_config, usable_cache
+from carrara.build import build_model, build_scores, exported_config
+from carrara.cache_use import usable_cache
 from carrara.callback.checkpoint import Checkpoints, best_score, retention
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
 from carrara.callback.components import MeasureComponents
@@ -101,8 +102,9 @@ def run(folder: Path) -> None:
         if checkpoint is not None:
             _log.info("going on from %s", checkpoint)
     use = usable_cache(config, data, model, modules)
-    if use != "pictures" and trainer.is_global_zero:
-        _log.info("training on the %s in the shards", use.replace("_", " "))
+    if data.cached is not None and trainer.is_global_zero:
+        what = "pictures; their latents are left alone" if use == "pictures" else use.replace("_", " ")
+        _log.info("training on the shards' %s", what)
     loader = data.train_loader(
         settings["batch_size"],
         trainer.global_rank,

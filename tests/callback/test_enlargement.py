@@ -8,8 +8,8 @@ from carrara.diffusion.parameterization import X0
 from carrara.diffusion.sampler import Euler
 from carrara.metric.psnr import psnr
 from carrara.network.resize import enlarge, shrink
-from carrara.pipeline.cascade import SuperResolution
 from carrara.pipeline.pictures import to_uint8
+from carrara.pipeline.super_resolution import SuperResolution
 from tests.model.test_super_resolution import model
 from tests.pipeline.test_cascade import Believes
 from tests.tiny import batch, clip, objective, sampling, setting

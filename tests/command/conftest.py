@@ -62,6 +62,7 @@ AUTOENCODER = (
     seed: 11
     part: {}
     trainer: {batch_size: 8, max_steps: 3}
+    callback: {}
 """
     + MODEL
 )
@@ -87,6 +88,16 @@ TRAINER = """
     max_steps: ???
     epoch_samples: null
     max_restarts: 0
+    compile: false
+    timeout_s: 600
+    checkpoint_minutes: 10
+    keep_checkpoints: 2
+    keep_every: null
+    keep_best: 0
+    best_score: null
+    best_is_highest: true
+    deterministic: false
+    log_steps: 50
 """
 FILES = {
     "trainer/default.yaml": TRAINER,

@@ -12,7 +12,7 @@ from filelock import FileLock
 from webdataset import WebDataset
 
 from carrara.autoencoder.kl import KL
-from carrara.build import usable_cache
+from carrara.cache_use import usable_cache
 from carrara.command import shards
 from carrara.component import load_component, save_component
 from carrara.conditioner.pretrained import Pretrained

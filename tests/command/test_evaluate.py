@@ -41,7 +41,7 @@ def test_what_does_not_go_together_is_told(overrides, message, tmp_path, monkeyp
 
 
 def test_settings_are_of_all_scores_that_have_them():
-    nothing = {"num_images": None, "seed": 0, "batch_size": 64, "inception": None}
+    nothing = {"num_images": None, "seed": None, "batch_size": 64, "inception": None}
     config = compose(CONF, "train", ["model=vae"]).config
     set_scores(config, nothing | {"num_images": 33, "batch_size": 11})
     for name in ("score", "validation_loss"):
@@ -49,6 +49,6 @@ def test_settings_are_of_all_scores_that_have_them():
     evaluator = compose(CONF, "train", ["model=evaluator"]).config
     set_scores(evaluator, nothing | {"num_images": 33})  # of its validation loss
     assert evaluator["callback"]["validation_loss"]["num_images"] == 33
-    for key, value in (("inception", "weights.pt"),):
+    for key, value in (("inception", "weights.pt"), ("seed", 1)):
         with pytest.raises(UserError, match=f"evaluator is not scored with {key}: leave it out"):
             set_scores(evaluator, nothing | {key: value})

@@ -14,6 +14,7 @@ from carrara.command_line import RunFailed
 from carrara.config import load_yaml
 from carrara.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -137,6 +138,35 @@ def test_a_mistake_is_told_before_anything_is_made(conf):
         assert err.startswith("error: ")
         assert err.count("\n") == 1
     assert os.listdir() == []
+
+
+def test_what_the_machine_needs_is_as_the_command_says_it(conf, started):
+    """For the parts too, and for a run that goes on by itself."""
+    train.main(conf, ["resume=auto", "trainer.max_restarts=2"])
+    part, own = started.folders
+    assert load_yaml(part / "config.yaml")["trainer"]["max_restarts"] == 2
+    (own / "component" / "card.json").unlink()
+    train.main(conf, ["resume=auto", "trainer.timeout_s=7200", "trainer.deterministic=true"])
+    assert started.folders[2:] == [own]
+    trainer = load_yaml(own / "config.yaml")["trainer"]
+    assert (trainer["timeout_s"], trainer["deterministic"], trainer["max_restarts"]) == (7200, True, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=imagen", "pipeline.augmentation=0.8"], r"pipeline\.augmentation=0\.8 lies outside of \[0, 0\.5\]"),
+        (["model=imagen", "model.factor=4"], r"part\.small_pictures makes pictures of 32 / 2 pixels, .* of 32 / 4"),
+        (["model=imagen", "part.small_pictures=null"], r"part\.small_pictures=null: model=imagen is sampled after it"),
+        (["model=dalle2", "part.prior=null"], r"part\.prior=null: model=dalle2 is sampled after it"),
+        (["model=super_resolution", "part.classifier=x"], r"part\.classifier=x: there is no such folder"),
+    ],
+)
+def test_stages_that_do_not_fit_are_told_before_they_are_trained(overrides, message, started, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        train.main(ROOT / "conf", [*overrides, "size=demo"])
+    assert started == [] and os.listdir() == []
 
 
 def test_a_sweep_makes_a_folder_for_each_run(conf, started):

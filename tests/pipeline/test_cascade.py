@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from carrara.autoencoder.shrunken import Shrunken
+from carrara.autoencoder.shrunken import Enlarger, Shrunken
 from carrara.diffusion.parameterization import X0
 from carrara.diffusion.sampler import Euler
 from carrara.network.conditioning import Conditioning
 from carrara.network.resize import enlarge
-from carrara.pipeline.base import Watch
+from carrara.pipeline.base import Pipeline, Watch
 from carrara.pipeline.cascade import Cascade
+from carrara.pipeline.super_resolution import Enlarged
 from carrara.pipeline.text_to_image import TextToImage
 from tests.model.test_super_resolution import model
 from tests.tiny import CAPTIONS, awake, diffusion_model, objective, sampling, unet
@@ -96,5 +97,18 @@ def test_stages_that_do_not_fit_are_named():
 
 
 def test_a_first_stage_that_makes_no_pictures_is_refused():
-    with pytest.raises(ValueError, match=r"part\.small_pictures makes no pictures: name a run of model=small_pictures"):
-        replace(cascade(0.0), small_pictures=object())  # type: ignore[arg-type]
+    """Nor is one whose latents are those of an auto-encoder, however small."""
+    made = cascade(0.0)
+    enlarger = diffusion_model(autoencoder=Enlarger(3, 2, 8, 1), network=unet(resolution=4))
+    of_latents = replace(made.small_pictures, model=enlarger)
+    for first in (object(), of_latents):
+        with pytest.raises(ValueError, match=r"part\.small_pictures makes no small pictures: name a run"):
+            replace(made, small_pictures=first)  # type: ignore[arg-type]
+
+
+def test_one_small_picture_is_enlarged_as_often_as_there_are_captions():
+    stage = cascade(0.0, believes=True).second_stage
+    small = torch.rand(1, 3, 4, 4) * 2 - 1
+    made = Enlarged(stage, small)
+    assert isinstance(made, Pipeline) and made.num_steps == 4
+    torch.testing.assert_close(made(["", ""], [0, 1], 0), enlarge(small, 2).clamp(-1, 1).expand(2, -1, -1, -1))

@@ -12,8 +12,8 @@ from carrara.metric.psnr import PSNR
 from carrara.model.base import Model
 from carrara.model.super_resolution import SuperResolutionModel
 from carrara.network.resize import enlarge, shrink
-from carrara.pipeline.cascade import SuperResolution
 from carrara.pipeline.pictures import save_grid, to_uint8
+from carrara.pipeline.super_resolution import SuperResolution
 
 
 class Enlargement:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from carrara.autoencoder.base import Autoencoder
-from carrara.build import latent_facts, text_facts
+from carrara.cache_use import latent_facts, text_facts
 from carrara.command.rewrite import Members, rewrite, source
 from carrara.component import load_component
 from carrara.conditioner.pretrained import Pretrained

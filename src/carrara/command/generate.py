@@ -18,6 +18,7 @@ from carrara.model.diffusion import DiffusionModel
 from carrara.pipeline.base import Pipeline, Watch
 from carrara.pipeline.pictures import save_grid, save_strip, to_uint8
 from carrara.pipeline.source import Source
+from carrara.pipeline.super_resolution import Enlarged, SuperResolution
 from carrara.pipeline.text_to_image import TextToImage
 from carrara.pipeline.unclip import UnCLIP
 from carrara.precision import default_device, set_arithmetic
@@ -66,10 +67,7 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     weak = None if order["weak"] is None else load_weak(str(order["weak"]), config, Path(order["runs_dir"]), device)[0]
     for module in (model, *modules.values()):
         module.to(device)
-    pipeline = build_pipeline(config, modules, weak)(model)
-    if not isinstance(pipeline, Pipeline):
-        raise UserError(f"{folder} trained {config['name']}, which makes no pictures; name a run that does")
-    pipeline, captions = _job(order, config, pipeline)
+    pipeline, captions = _job(order, config, build_pipeline(config, modules, weak)(model))
     out = made_folder(Path(order["out"] or folder / "generated" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
     watch = Watch(pipeline, order["num_frames"], _STRIP_ROWS)
     pictures = []
@@ -94,17 +92,25 @@ def main(conf_dir: Path, argv: list[str]) -> None:
     _log.info("%d pictures, %s in %s", len(images), names, out)
 
 
-def _job(order: Config, config: Config, pipeline: Pipeline) -> tuple[Pipeline, list[str]]:
+def _job(order: Config, config: Config, pipeline: Pipeline | SuperResolution) -> tuple[Pipeline, list[str]]:
     """The pipeline with the pictures that it starts from, if any; and the caption of each picture that it is to make.
 
     Raises:
-        UserError: no caption where one is needed, or a picture where none is.
+        UserError: no caption where one is needed, or a picture where none is; or a run that makes no pictures.
     """
     resolution, count = config["data"]["resolution"], order["count"]
     prompts = [order["prompt"]] if isinstance(order["prompt"], str) else [str(p) for p in order["prompt"] or []]
-    if isinstance(pipeline, UnCLIP) and order["image"] is not None:
+    replaces = order["mask"] is not None or order["strength"] is not None
+    if isinstance(pipeline, SuperResolution):
+        if replaces or not isinstance(order["image"], str):
+            raise UserError(f"{config['name']} enlarges one picture: image=FILE, without mask and strength")
+        small = _picture("image", order, resolution // pipeline.model.factor).float() / 127.5 - 1
+        return Enlarged(pipeline, small[None]), [prompt for prompt in prompts or [""] for _ in range(count)]
+    if not isinstance(pipeline, Pipeline):
+        raise UserError(f"model={config['name']} makes no pictures; name a run that does")
+    if isinstance(pipeline, UnCLIP) and (replaces or order["image"] is not None):
         paths = order["image"] if isinstance(order["image"], list) else [order["image"]]
-        if prompts or order["mask"] is not None or order["strength"] is not None or not 1 <= len(paths) <= 2:
+        if prompts or replaces or not 1 <= len(paths) <= 2:
             raise UserError(
                 f"{config['name']} varies one picture, or goes from one to another: image=FILE or image=[FILE,FILE], "
                 "without prompt, mask and strength"

@@ -72,12 +72,11 @@ def train(job: Job, start: Start) -> None:
     """Trains the parts that are missing, then the run, in its folder."""
     config, resumed = _config(job)
     composed = Composed(config, job.composed.choices, job.composed.size)
-    _check_modules(config)
+    _check_modules(config, parts.needed_parts(job.conf_dir, composed, None))  # told before data are made
     if config["dry_run"]:
         _show_plan(job.conf_dir, composed)
         return
     _check_devices(config)
-    parts.needed_parts(job.conf_dir, composed, None)  # a part that does not fit is told before data are made
     data_fingerprint = build(config["data"]).fingerprint  # one process makes and scans what is missing
     needed = parts.needed_parts(job.conf_dir, composed, data_fingerprint)
     devices = config["trainer"]["devices"]
@@ -138,25 +137,34 @@ def _check_devices(config: Config) -> None:
         raise UserError(f"trainer.devices={trainer['devices']}, but this machine has {there} GPUs")
 
 
-def _check_modules(config: Config) -> None:
+def _check_modules(config: Config, needed: list[parts.Part]) -> None:
     """What cannot be built, or does not fit, is told now, not after the parts are trained."""
-    from carrara.architecture import check_fit, meta_modules
-    from carrara.build import build_objective, build_pipeline, build_sampling, doubtful_start, stages_of
+    from carrara.architecture import check_fit, check_trained, meta_modules
+    from carrara.build import Stage, build_objective, build_pipeline, build_sampling, doubtful_start, score_makers
 
     modules, model = meta_modules(config)
+    check_trained(config, modules)
     if "diffusion" in config:
         doubt = doubtful_start(build_objective(config), build_sampling(config, modules.get("autoencoder")))
         if doubt is not None:
             _log.warning("%s", doubt)
     if "corruption" in config:
         build(config["corruption"])
-    if "pipeline" in config and not stages_of(config):  # they may not be trained yet
-        build_pipeline(config, modules)(model)
     check_fit(config, modules)
+    score_makers(config)
+    if "pipeline" not in config:
+        return
+    stages: dict[str, Stage] = {}
+    for part in needed:
+        if part.kind in parts.STAGES:  # they may not be trained yet
+            theirs = part.config if part.folder is None else run_folder.load_config(part.folder.parent)
+            their_modules, their_model = meta_modules(theirs)
+            stages[part.kind] = build_pipeline(theirs, their_modules, stages={}), their_model
+    build_pipeline(config, modules, stages=stages)(model)
 
 
 def _check_stages(config: Config) -> None:
-    """Trained stages that do not fit one another are told before the run has a folder."""
+    """Trained stages whose weights do not belong together are told before the run has a folder."""
     from carrara.build import build_model, build_pipeline, stages_of
 
     if "pipeline" in config and stages_of(config):

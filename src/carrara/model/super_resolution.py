@@ -24,7 +24,8 @@ class SuperResolutionModel(DiffusionModel):
         factor: by which pictures are shrunk.
         max_augmentation: the largest s, in (0, 1].
         network: takes a picture beside x.
-        conditioner, autoencoder, objective, caption_dropout, stratified: see `DiffusionModel`.
+        autoencoder: the identity.
+        conditioner, objective, caption_dropout, stratified: see `DiffusionModel`.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -48,6 +49,8 @@ class SuperResolutionModel(DiffusionModel):
     ):
         if not 0 < max_augmentation <= 1:
             raise ValueError(f"model.max_augmentation must lie in (0, 1], but is {max_augmentation}")
+        if not autoencoder.is_identity:
+            raise ValueError("pictures are enlarged as they are, not as latents: take autoencoder=identity")
         super().__init__(
             network, conditioner, autoencoder, objective, caption_dropout, stratified, 0.0,
             optimizer, warmup_steps, cooldown, max_steps, seed,

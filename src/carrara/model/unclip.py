@@ -43,6 +43,8 @@ class UnCLIPModel(DiffusionModel):
         max_steps: int,
         seed: int,
     ):
+        if not isinstance(conditioner, ImageEmbedding):
+            raise ValueError("the decoder reads no captions: take conditioner=image_embedding")
         super().__init__(
             network, conditioner, autoencoder, objective, embedding_dropout, stratified, 0.0,
             optimizer, warmup_steps, cooldown, max_steps, seed,

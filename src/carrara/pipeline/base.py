@@ -23,7 +23,7 @@ class Pipeline(Protocol):
         """One picture a caption, (B, 3, R, R) in [−1, 1].
 
         Args:
-            captions: B texts; "" is the unconditional picture.
+            captions: B texts; "" is the unconditional picture, where the model has learnt one (GANs and VAEs have not).
             indices: B numbers; picture k of a seed is the same whatever else is in the batch.
             seed: of the noise.
             on_step: told (step, t, latents, estimate of the clean latents) after every step; t falls from 1 to 0.
