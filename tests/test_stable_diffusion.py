@@ -98,7 +98,7 @@ def test_all_weights_are_trained_from_the_published_ones(tmp_path, monkeypatch):
     pipeline = build_pipeline(config, modules)(model)
     assert isinstance(pipeline, TextToImage)
     how = {"num_inference_steps": 7, "guidance_scale": 7.5, "latents": start(pipeline, [PROMPT]), "output_type": "pt"}
-    png = torch.from_numpy(np.asarray(Image.open("made/0000.png"))).permute(2, 0, 1) / 255
+    png = torch.from_numpy(np.array(Image.open("made/0000.png"))).permute(2, 0, 1) / 255
     assert png.std() > 0.05 and (ours(PROMPT, **how).images[0] - png).abs().max() < 0.5 / 255 + 1e-3
 
 

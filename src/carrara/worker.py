@@ -103,8 +103,8 @@ def run(folder: Path) -> None:
             _log.info("going on from %s", checkpoint)
     use = usable_cache(config, data, model, modules)
     if data.cached is not None and trainer.is_global_zero:
-        what = "pictures; their latents are left alone" if use == "pictures" else use.replace("_", " ")
-        _log.info("training on the shards' %s", what)
+        rest = "; their latents are left alone" if use == "pictures" else ""
+        _log.info("training on the %s in the shards%s", use.replace("_", " "), rest)
     loader = data.train_loader(
         settings["batch_size"],
         trainer.global_rank,
