@@ -44,6 +44,13 @@ def test_the_statistics_do_not_change_the_reconstruction():
 
 
 @torch.no_grad()
+def test_captions_that_the_parser_cannot_read_are_not_scored():
+    """Labels, say."""
+    score = Reconstruction(4, 4, 2, lambda captions, images: [{}] * len(captions))
+    assert "val/reconstruction_accuracy" not in score(autoencoder_model().eval(), setting(8))
+
+
+@torch.no_grad()
 def test_a_parser_reads_the_reconstructions():
     seen: list[torch.Tensor] = []
 

@@ -15,7 +15,7 @@ from carrara.pipeline.pictures import save_grid, to_uint8
 
 
 class Reconstruction:
-    """Logs `val/psnr` and, where a parser reads the pictures, `val/reconstruction_accuracy`.
+    """Logs `val/psnr` and, where a parser reads pictures and captions, `val/reconstruction_accuracy`.
 
     Of what enlarges shrunken pictures also `val/psnr_bicubic`: bicubic enlargement's, which it has to beat.
     Of a discrete auto-encoder also `val/codebook_use` and `val/codebook_perplexity`, over all the pictures' tokens.
@@ -58,8 +58,8 @@ class Reconstruction:
             if isinstance(autoencoder, Enlarger):
                 scores[f"{name}psnr_bicubic"] = float(bicubic.compute())
             scores[f"{name}num_images"] = float(min(self.num_images, len(indices)))
-            if accuracy is not None:
-                scores[f"{name}reconstruction_accuracy"] = float(accuracy.compute()["all"])
+            if accuracy is not None and (shares := accuracy.compute()):  # none of captions that say nothing to it
+                scores[f"{name}reconstruction_accuracy"] = float(shares["all"])
             if use is not None:
                 scores |= {f"{name}{key}": float(value) for key, value in use.compute().items()}
         return scores
