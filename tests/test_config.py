@@ -248,6 +248,16 @@ def test_build_says_what_a_constructor_says():
 
 
 @pytest.mark.parametrize("nested", [False, True])
+def test_build_names_a_setting_that_is_not_said(nested):
+    node = {"_target_": "carrara.corruption.noise.Gaussian", "sigma": 0.1}
+    whole = {"_target_": "carrara.diffusion.schedule_table.ZeroTerminalSNR", "table": node} if nested else node
+    with pytest.raises(UserError, match=r"noise\.Gaussian needs the setting seed"):
+        build(whole)
+    assert build(node, seed=0).sigma == 0.1 and build({"_target_": node["_target_"], "seed": 0}, 0.1).sigma == 0.1
+    assert callable(build({**node, "_partial_": True}))
+
+
+@pytest.mark.parametrize("nested", [False, True])
 def test_build_names_a_setting_that_a_class_does_not_have(nested):
     node = {"_target_": "carrara.diffusion.schedule_table.Linear", "beta_strt": 1e-4, "beta_end": 0.02, "num_steps": 9}
     whole = {"_target_": "carrara.diffusion.schedule_table.ZeroTerminalSNR", "table": node} if nested else node

@@ -1,11 +1,10 @@
-"""Configs: composed and checked by Hydra, resolved once into plain dicts, built from our own classes only."""
+"""Configs: composed and checked, resolved once into plain dicts, built from our own classes only."""
 
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,12 @@ from typing import Any
 import hydra.utils
 import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.resolvers import oc
 
 from carrara import config_check
+from carrara.config_hydra import hydra_of, in_words, no_environment, parse, plain
 from carrara.errors import UserError
 
 Config = dict[str, Any]
@@ -56,20 +50,20 @@ def compose(conf_dir: Path, name: str, overrides: Sequence[str], nodes: Mapping[
         UserError: an unknown key or option, a value of the wrong type, an environment variable, or a
             `_target_` that is not ours.
     """
-    with _hydra(conf_dir) as loader:
-        parsed = _parse(loader, overrides)
+    with hydra_of(conf_dir) as loader:
+        parsed = parse(loader, overrides)
         config_check.refuse_sweeps(parsed)
         config_check.check_groups(loader, parsed)
         groups = [o for o in parsed if config_check.is_group(loader, o)]
         values = [o for o in parsed if o not in groups]
-        base = _plain(hydra_compose(name, [o.input_line or "" for o in groups]))
+        base = plain(hydra_compose(name, [o.input_line or "" for o in groups]))
         config_check.check_keys(loader, values, base)
         composed = hydra_compose(name, list(overrides), return_hydra_config=True)
         choices = {k: v for k, v in composed.hydra.runtime.choices.items() if isinstance(v, str)}
         experiment = choices.get("experiment")
         if experiment is not None:
             rest = [f"{k}={v}" for k, v in choices.items() if k != "experiment" and not k.startswith("hydra/")]
-            without = _plain(hydra_compose(name, ["~experiment", *rest]))
+            without = plain(hydra_compose(name, ["~experiment", *rest]))
             config_check.check_experiment(conf_dir / "experiment" / f"{experiment}.yaml", without)
         OmegaConf.set_struct(composed, False)
         for key, value in (nodes or {}).items():
@@ -82,9 +76,9 @@ def compose(conf_dir: Path, name: str, overrides: Sequence[str], nodes: Mapping[
 
 def sweep_overrides(conf_dir: Path, overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every run of a sweep, the last key fastest, as Hydra's basic sweeper takes them."""
-    with _hydra(conf_dir) as loader:
+    with hydra_of(conf_dir) as loader:
         runs: list[list[str]] = [[]]
-        for override in _parse(loader, overrides):
+        for override in parse(loader, overrides):
             if override.is_discrete_sweep():
                 key = override.get_key_element()
                 values = [f"{key}={value}" for value in override.sweep_string_iterator()]
@@ -107,7 +101,7 @@ def check(config: Config) -> None:
 def size_of(settings: DictConfig) -> Config:
     """The numbers of the `size` node, of a config that is about to be resolved."""
     size = OmegaConf.select(settings, "size")
-    return _plain(size) if isinstance(size, DictConfig) else {}
+    return plain(size) if isinstance(size, DictConfig) else {}
 
 
 def resolve(settings: DictConfig) -> Config:
@@ -118,16 +112,16 @@ def resolve(settings: DictConfig) -> Config:
     """
     config = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     config_check.refuse_environment(OmegaConf.to_container(config, resolve=False))
-    with _no_environment():
+    with no_environment():
         try:
-            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
-            raise UserError(f"{error.full_key or 'config'}: {_in_words(error)}") from None
-    assert isinstance(plain, dict)
-    size = plain.get("size")
+            raise UserError(f"{error.full_key or 'config'}: {in_words(error)}") from None
+    assert isinstance(content, dict)
+    size = content.get("size")
     if isinstance(size, dict):
-        plain["size"] = size.get("name")
-    return {str(key): value for key, value in plain.items()}
+        content["size"] = size.get("name")
+    return {str(key): value for key, value in content.items()}
 
 
 def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
@@ -140,7 +134,7 @@ def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
     if "_target_" not in node:
         raise UserError(f"a node without _target_ cannot be built; it has {', '.join(node) or 'nothing'}")
     for inner in config_check.nodes(node):
-        _refuse_unknown(inner, _of_ours(str(inner["_target_"])))
+        _check_settings(inner, *((args, arguments) if inner is node else ((), {})))
     config_check.refuse_interpolations(node)
     try:  # Hydra builds the nested nodes; the outermost is called here, since Hydra would copy `arguments`
         outermost = hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})
@@ -166,12 +160,17 @@ def _of_ours(target: str) -> Callable[..., Any]:
     return found
 
 
-def _refuse_unknown(node: Mapping[str, Any], factory: Callable[..., Any]) -> None:
-    """Of another version of a class, or of another class than the one that is named."""
-    known = inspect.signature(factory).parameters
+def _check_settings(node: Mapping[str, Any], args: Sequence[Any], arguments: Mapping[str, Any]) -> None:
+    """A node says what its class asks for and `args` and `arguments` do not, and no more: versions differ in that."""
+    target = str(node["_target_"])
+    parameters = inspect.signature(_of_ours(target)).parameters
+    known, given = list(parameters), node.keys() | arguments.keys()
     for key in node:
-        if key not in known and not key.startswith("_"):
-            raise UserError(f"{node['_target_']} has no setting {key}{config_check.did_you_mean(key, list(known))}")
+        if key not in parameters and not key.startswith("_"):
+            raise UserError(f"{target} has no setting {key}{config_check.did_you_mean(key, known)}")
+    lacking = [key for key in known[len(args) :] if parameters[key].default is inspect.Parameter.empty]
+    if not node.get("_partial_") and (lacking := [key for key in lacking if key not in given]):
+        raise UserError(f"{target} needs the setting {lacking[0]}")
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -227,75 +226,3 @@ def _canonical(content: object) -> object:
     if isinstance(content, float) and content.is_integer():
         return int(content)
     return content
-
-
-# --- Hydra ---
-
-
-@contextmanager
-def _hydra(conf_dir: Path) -> Iterator[ConfigLoader]:
-    """Hydra over `conf_dir`; whatever it or OmegaConf or YAML finds wrong comes out as one UserError."""
-    if not conf_dir.is_dir():
-        raise UserError(f"the folder of configs {conf_dir} does not exist")
-    running = GlobalHydra.instance()  # of the sweep whose run this is, if it is one
-    outer, running.hydra = running.hydra, None
-    try:
-        with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"):
-            yield GlobalHydra.instance().config_loader()
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(_in_words(error)) from None
-    finally:
-        GlobalHydra.instance().hydra = outer
-
-
-def _parse(loader: ConfigLoader, overrides: Sequence[str]) -> list[Override]:
-    parser = OverridesParser.create(config_loader=loader)
-    parsed = []
-    for override in overrides:
-        config_check.refuse_environment(override)
-        try:
-            parsed.append(parser.parse_override(override))
-        except HydraException as error:
-            raise UserError(f"{override!r} is not understood: {_in_words(error)}; quote the value: key='…'") from None
-    return parsed
-
-
-def _plain(config: DictConfig) -> Config:
-    """A config to look keys and types up in: resolved, except for what is still missing."""
-    with _no_environment():
-        try:
-            plain = OmegaConf.to_container(config, resolve=True)
-        except OmegaConfBaseException:  # an interpolation that only an override of the user's completes
-            plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-@contextmanager
-def _no_environment() -> Iterator[None]:
-    """While it lasts, `oc.env` raises, however the interpolation to it is spelled."""
-
-    def refused(name: str, default: object = None) -> str:
-        raise UserError(f"an interpolation reads the environment variable {name}; write the value itself")
-
-    OmegaConf.register_new_resolver("oc.env", refused, replace=True)
-    try:
-        yield
-    finally:
-        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
-
-
-def _in_words(error: Exception) -> str:
-    """Hydra's message in one line, without search paths, links and hints for its own developers."""
-    lines: list[str] = []
-    for line in f"{error}\n{error.__cause__ or ''}".splitlines():
-        line = line.strip()
-        if line.startswith("Config search path"):
-            break
-        if (
-            line
-            and line != "None"
-            and not line.startswith(("See https", "full_key:", "object_type=", "Set the environment"))
-        ):
-            lines.append(line)
-    return "; ".join(dict.fromkeys(lines))

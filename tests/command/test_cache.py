@@ -16,11 +16,13 @@ from carrara.cache_use import usable_cache
 from carrara.command import shards
 from carrara.component import load_component, save_component
 from carrara.conditioner.pretrained import Pretrained
+from carrara.config import build, compose
 from carrara.data.cached import facts_of
 from carrara.data.module import ShardData
 from carrara.data.reader import Use
 from carrara.data.shard_index import scan
 from carrara.errors import UserError
+from carrara.network.hugging_face import EXPORTED
 from tests.conditioner.test_pretrained import WIDTH, bert, clip_text_model
 from tests.tiny import diffusion_model, kl, objective, unet
 
@@ -312,6 +314,28 @@ def test_a_sample_whose_cache_was_made_with_something_else_is_left_out(make, par
     assert {reason for batch in loader for reason in batch["skipped"]} == {"other_cache"}
 
 
+def test_what_a_language_model_of_ones_own_says_is_kept(make, tmp_path):
+    torch.manual_seed(0)
+    node = compose(CONF, "train", ["model=language_model", "size=demo", "language_model.width=16"]).config
+    lm = build(node["language_model"])
+    lm.tokenizer.train_on(["a big red disc", "a blue disc"])
+
+    def write_exported(folder: Path) -> None:
+        lm.save_pretrained(folder / EXPORTED)
+
+    card = {"fingerprint": "", "data": {}, "scores": {}}
+    save_component(tmp_path / "lm", "language_model", node["language_model"], lm, card, write_exported)
+    make(
+        "conditioner=language_model",
+        "language_model.width=16",
+        "language_model.max_length=48",
+        f"part.language_model={tmp_path}/lm",
+        text=False,
+    )
+    found = data(tmp_path, f"{tmp_path}/cached/*.tar").cached
+    assert found is not None and found["text_width"] == 16 and found["encoder"] is not None
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -320,6 +344,7 @@ def test_a_sample_whose_cache_was_made_with_something_else_is_left_out(make, par
         (["data.flip=true"], r"data\.flip, "),
         (["dtype=int8"], "dtype=int8 is not known"),
         (["conditioner=text"], "only frozen text encoders"),
+        (["conditioner=language_model"], r"part\.language_model=auto: do=cache trains none; name the component"),
     ],
 )
 def test_mistakes_are_named(make, overrides, message):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from carrara.autoencoder.base import Autoencoder
+from carrara.build import read_language_model
 from carrara.cache_use import latent_facts, text_facts
 from carrara.command.rewrite import Members, rewrite, source
 from carrara.component import load_component
@@ -16,7 +17,7 @@ from carrara.config import Config, build
 from carrara.data.cached import SUFFIX, Cached, Facts, pack
 from carrara.data.reader import Decoding, Sample
 from carrara.errors import UserError
-from carrara.parts import find_component
+from carrara.parts import AUTO, find_component
 from carrara.precision import default_device
 
 
@@ -34,6 +35,16 @@ def cache(order: Config) -> None:
     rewrite(data, Path(order["out"]), encoder, order["batch_size"], encoder.facts)
 
 
+def _read_by_it(order: Config) -> dict[str, str]:
+    """What a conditioner that reads a language model of one's own is built with besides."""
+    reference = read_language_model(order)
+    if reference is None:
+        return {}
+    if reference == AUTO:
+        raise UserError("part.language_model=auto: do=cache trains none; name the component or run that reads captions")
+    return {"model": str(find_component(reference, "language_model", Path(order["runs_dir"])))}
+
+
 @dataclass(frozen=True)
 class _Encoder:
     autoencoder: Autoencoder
@@ -43,7 +54,7 @@ class _Encoder:
     @classmethod
     def load(cls, folder: Path, order: Config, decoding: Decoding) -> "_Encoder":
         autoencoder, _ = load_component(folder, "autoencoder")
-        text = build(order["conditioner"])
+        text = build(order["conditioner"] | _read_by_it(order))
         assert isinstance(autoencoder, Autoencoder)
         facts = latent_facts(folder, autoencoder, decoding)
         if isinstance(text, Pretrained):
