@@ -136,11 +136,27 @@ def test_pixels_need_no_trained_auto_encoder(model, autoencoder):
     check_fit(config, modules)
 
 
+@pytest.mark.parametrize("model", ["latent_unet", "dalle2", "imagen", "small_pictures"])
+def test_a_network_that_is_chosen_is_taken_whole(model):
+    network = compose(CONF, "train", [f"model={model}", "network=stable_diffusion_1", "size=demo"]).config["network"]
+    assert network["channels"] == [320, 640, 1280, 1280] and network["heads"] == 8 and not network["qk_norm"]
+
+
+@pytest.mark.parametrize("model", ["latent_unet", "latent_dit", "latent_flow", "gan", "dalle2"])
+def test_an_auto_encoder_that_is_chosen_brings_its_weights(model):
+    config = compose(CONF, "train", [f"model={model}", "autoencoder=pretrained", "size=demo"]).config
+    assert config["part"]["autoencoder"] == "stabilityai/sd-vae-ft-mse"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["model=super_resolution", "model.factor=3"], r"model\.factor=3 does not divide data\.resolution=32"),
         (["model=imagen", "autoencoder=kl"], "pictures are enlarged as they are, not as latents"),
+        (
+            ["model=dalle2", "network=stable_diffusion_1"],
+            r"pass network\.pooled_width=128, not 0",
+        ),
         (["model=dalle2", "conditioner=text"], "the decoder reads no captions: take conditioner=image_embedding"),
     ],
 )

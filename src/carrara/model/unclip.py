@@ -45,6 +45,10 @@ class UnCLIPModel(DiffusionModel):
     ):
         if not isinstance(conditioner, ImageEmbedding):
             raise ValueError("the decoder reads no captions: take conditioner=image_embedding")
+        if getattr(network, "pooled_embedding", network) is None:
+            raise ValueError(
+                f"the embedding goes beside the time, too: pass network.pooled_width={conditioner.width}, not 0"
+            )
         super().__init__(
             network, conditioner, autoencoder, objective, embedding_dropout, stratified, 0.0,
             optimizer, warmup_steps, cooldown, max_steps, seed,
