@@ -141,6 +141,9 @@ def test_shards_are_examined_encoded_searched_and_trained_on(workplace: tuple[Pa
     cached = [f"part.autoencoder={part}", f"data.urls={tmp_path}/cached/*.tar"]
     done = run("train.py", *settings, *cached, cwd=cwd)
     assert done.returncode == 0 and "training on the latents in the shards" in done.stderr, done.stderr
+    done = run("train.py", *settings[:-1], "model=autoencoder", cached[1], cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "training on the pictures in the shards; their latents are left alone" in done.stderr
     done = run("train.py", *settings, *cached, "data.crop=none", cwd=cwd)
     assert done.returncode == 2 and "made with crop=center" in done.stderr
     (cwd / "bad").mkdir()
@@ -235,6 +238,8 @@ def test_dalle2_takes_an_autoregressive_prior(workplace: tuple[Path, Path]) -> N
     out = cwd / "by_autoregression"
     done = run("generate.py", f"run={folder}", "prompt=a red circle", "count=2", f"out={out}", cwd=cwd)
     assert done.returncode == 0 and Image.open(out / "grid.png").size == (64, 32), done.stderr
+    done = run("generate.py", f"run={folder}", "strength=0.5", "prompt=a red circle", cwd=cwd)
+    assert done.returncode == 2 and "dalle2 varies one picture, or goes from one to another" in done.stderr
     done = run("generate.py", f"run={prior}", "prompt=a red circle", cwd=cwd)
     assert done.returncode == 2 and "makes no pictures" in done.stderr
 

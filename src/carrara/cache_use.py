@@ -24,9 +24,7 @@ def usable_cache(config: Config, data: ShardData, model: Model, modules: Mapping
     """
     autoencoder, conditioner = modules.get("autoencoder"), modules.get("conditioner")
     found = data.cached
-    if found is None:
-        return "pictures"
-    if not model.takes_latents or (config.get("part") or {}).get("autoencoder") is None:
+    if found is None or not model.takes_latents or (config.get("part") or {}).get("autoencoder") is None:
         return "pictures"
     if data.stages or data.decoding.flip or len(data.sizes) > 1:
         raise UserError(

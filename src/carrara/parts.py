@@ -41,6 +41,8 @@ _SHARED = {  # settings that a part has from the run that needs it, besides its 
     "prior": ("clip", "part.clip"),
 }
 
+_THERE = "a component's folder or a finished run"
+
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +99,7 @@ def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | Non
         if reference == AUTO:
             found.append(_auto_part(conf_dir, composed, kind, data_fingerprint))
         elif reference is not None:
-            part, node = _named(str(reference), kind, Path(config["runs_dir"]))
+            part, node = _named(str(reference), kind, Path(config["runs_dir"]), f"{_THERE}, or {AUTO}")
             check_interface(kind, str(part.folder or reference), node, config)
             found.append(part)
     check_judge({one.kind: one.folder for one in found if one.folder is not None and one.run is None})
@@ -121,7 +123,7 @@ def start_of(config: Config) -> Part | None:
         return Part("network", folder, node="start", doubt=doubt)
     published = _published(f"start.network={reference}", str(reference), "network")
     if published is None:
-        raise _missing(f"start.network={reference}", str(reference), "a published U-Net")
+        raise _missing(f"start.network={reference}", str(reference), f"{_THERE}, or a published U-Net")
     from carrara.published.importing import node_of, trained_with
 
     doubt = check_start(str(reference), node_of(published, "network"), trained_with(published), config)
@@ -185,14 +187,14 @@ def find_component(reference: str, kind: str, runs_dir: Path) -> Path:
     Raises:
         UserError: there is none, or it is of another kind.
     """
-    part, _ = _named(reference, kind, runs_dir)
+    part, _ = _named(reference, kind, runs_dir, _THERE)
     [part] = imported([part], runs_dir)
     assert part.folder is not None
     return part.folder
 
 
-def _named(reference: str, kind: str, runs_dir: Path) -> tuple[Part, Config]:
-    """A part with the node that it is built from; nothing is written."""
+def _named(reference: str, kind: str, runs_dir: Path, others: str) -> tuple[Part, Config]:
+    """A part with the node that it is built from; nothing is written. `others` may be named instead."""
     folder = _component(reference, runs_dir)
     if folder is not None:
         config = read_component(folder, *kinds_of(kind)).config
@@ -201,7 +203,7 @@ def _named(reference: str, kind: str, runs_dir: Path) -> tuple[Part, Config]:
         return Part(kind, folder), config
     published = _published(f"part.{kind}={reference}", reference, kind)
     if published is None:
-        raise _missing(f"part.{kind}={reference}", reference, AUTO)
+        raise _missing(f"part.{kind}={reference}", reference, others)
     from carrara.published.importing import node_of
 
     return Part(kind, None, published=published), node_of(published, kind)
@@ -224,9 +226,9 @@ def _published(key: str, reference: str, kind: str) -> "Published | None":
         raise UserError(f"{key}: {str(mistake).removeprefix(f'{reference}: ')}") from None
 
 
-def _missing(key: str, reference: str, other: str) -> UserError:
+def _missing(key: str, reference: str, others: str) -> UserError:
     wrong = "it has no finished component" if Path(reference).is_dir() else "there is no such folder"
-    return UserError(f"{key}: {wrong}; name a component's folder, a finished run, or {other}")
+    return UserError(f"{key}: {wrong}; name {others}")
 
 
 def _auto_part(conf_dir: Path, composed: Composed, kind: str, data_fingerprint: str | None) -> Part:

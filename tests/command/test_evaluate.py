@@ -46,6 +46,10 @@ def test_settings_are_of_all_scores_that_have_them():
     set_scores(config, nothing | {"num_images": 33, "batch_size": 11})
     for name in ("score", "validation_loss"):
         assert config["callback"][name]["num_images"] == 33 and config["callback"][name]["batch_size"] == 11
+    config["callback"]["score"]["seed"] = 7  # the run's own stays, unless another is said
+    for said, seed in ((compose(CONF, "evaluate", ["run=x"]).config, 7), (nothing | {"seed": 3}, 3)):
+        set_scores(config, said)
+        assert config["callback"]["score"]["seed"] == seed
     evaluator = compose(CONF, "train", ["model=evaluator"]).config
     set_scores(evaluator, nothing | {"num_images": 33})  # of its validation loss
     assert evaluator["callback"]["validation_loss"]["num_images"] == 33

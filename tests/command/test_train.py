@@ -11,7 +11,8 @@ import pytest
 from carrara import run_folder
 from carrara.command import train
 from carrara.command_line import RunFailed
-from carrara.config import load_yaml
+from carrara.component import save_component
+from carrara.config import build, load_yaml
 from carrara.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -159,14 +160,21 @@ def test_what_the_machine_needs_is_as_the_command_says_it(conf, started):
         (["model=imagen", "model.factor=4"], r"part\.small_pictures makes pictures of 32 / 2 pixels, .* of 32 / 4"),
         (["model=imagen", "part.small_pictures=null"], r"part\.small_pictures=null: model=imagen is sampled after it"),
         (["model=dalle2", "part.prior=null"], r"part\.prior=null: model=dalle2 is sampled after it"),
-        (["model=super_resolution", "part.classifier=x"], r"part\.classifier=x: there is no such folder"),
+        (["model=latent_unet", "part.autoencoder=null"], r"part\.autoencoder=null: model=latent_unet needs a trained"),
+        (
+            ["model=super_resolution", "part.classifier=cnn"],
+            r"part\.classifier: no score of model=super_res",
+        ),
+        (["model=super_resolution", "model.factor=0"], r"model\.factor=0 must be a whole number"),
     ],
 )
 def test_stages_that_do_not_fit_are_told_before_they_are_trained(overrides, message, started, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    cnn = {"_target_": "carrara.classifier.cnn.CNN", "channels": [8, 8], "num_classes": 3}
+    save_component(Path("cnn"), "classifier", cnn, build(cnn), {"fingerprint": "", "data": {}, "scores": {}})
     with pytest.raises(UserError, match=message):
         train.main(ROOT / "conf", [*overrides, "size=demo"])
-    assert started == [] and os.listdir() == []
+    assert started == [] and os.listdir() == ["cnn"]
 
 
 def test_a_sweep_makes_a_folder_for_each_run(conf, started):
