@@ -153,7 +153,7 @@ def _callbacks(
     parts = {kind: read_component(Path(part[kind])).card["sha256"] for kind in part if part[kind] is not None}
     return [
         Inputs(data, parts),
-        LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS)),
+        LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS), data.every_caption),
         MeasureComponents(images),
         ema,
         guard,

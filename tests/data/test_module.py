@@ -136,6 +136,19 @@ def test_captions_are_those_of_training_spread_over_the_shards(shards, tmp_path)
     assert few == every[::6] == list(one.captions(9))
 
 
+def test_every_caption_is_that_of_all_shards(write_shard, tmp_path):
+    shards = [write_shard(f"{s:03}.tar", [2 * s, 2 * s + 1]) for s in range(70)]
+    one = data(shards, tmp_path, val_samples=6)
+    assert len(list(one.captions())) < 134
+    assert list(one.every_caption())[134:] == one.validation.captions()
+    assert sorted(one.every_caption()) == sorted(f"caption {value}" for value in range(140))
+
+
+def test_a_few_pictures_leave_two_to_score(write_shard, tmp_path):
+    one = data([write_shard("a.tar", range(20))], tmp_path)
+    assert (one.num_train, len(one.validation)) == (18, 2)
+
+
 def test_data_without_captions(write_tar, sample, tmp_path):
     path = write_tar("a.tar", [(f"{v}.png", sample(v)["png"]) for v in range(40)])
     one = data([], tmp_path, urls=str(path), caption=None)

@@ -12,15 +12,16 @@ class LearnVocabularies(Callback):
     """Trains every vocabulary of the model that has not been trained yet, and gives it to all ranks.
 
     Args:
-        captions: gives the training captions, in one order.
+        many: gives so many captions that more add nothing to a vocabulary, in one order.
+        every: gives all there are, for those that have to be complete.
     """
 
-    def __init__(self, captions: Callable[[], Iterable[str]]):
-        self.captions = captions
+    def __init__(self, many: Callable[[], Iterable[str]], every: Callable[[], Iterable[str]]):
+        self.many, self.every = many, every
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         for module in pl_module.modules():
             if isinstance(module, Vocabulary) and not module.trained:
                 if trainer.is_global_zero:
-                    module.train_on(self.captions())
+                    module.train_on((self.every if module.complete else self.many)())
                 module.set_extra_state(trainer.strategy.broadcast(module.get_extra_state()))

@@ -57,7 +57,7 @@ class ShardData:
         bucket_multiple: int = 64,
         num_workers: int = 0,
         use_cache: bool = True,
-        memory_limit: int = 512_000_000,
+        memory_limit: float = 512e6,
         max_bad_fraction: float = 0.1,
         cache_bytes: float = 100e9,
         stages: Sequence[Stage] = (),
@@ -71,7 +71,7 @@ class ShardData:
             cache_dir: for indexes and for copies of remote shards.
             seed: of order, crops and flips.
             root, make: `make(root)` writes the shards first, or finds them there.
-            val_samples: how many; default all of val_urls, else one in 20, at most 5000.
+            val_samples: how many; default all of val_urls, else one in 20, from 2, which scores need, to 5000.
             caption: suffix of the caption's member, or a key of the JSON, or null for none.
             filters: see `eligibility.FILTERS`.
             crop, flip, max_pixels: see `decode.decode_image`; flip mirrors every second sample.
@@ -112,7 +112,7 @@ class ShardData:
         self.manifest = Manifest.load(unpacked(expand(urls), cache_dir), cache_dir, caption, len(self.sizes) > 1)
         self.eligible, self.reasons = eligible(self.manifest, caption, filters or {})
         if val_urls is None:
-            count = min(5000, int(self.eligible.sum()) // 20) if val_samples is None else val_samples
+            count = min(5000, max(2, int(self.eligible.sum()) // 20)) if val_samples is None else val_samples
             self.val_manifest = self.manifest
             self.train, val_ids = split_validation(self.manifest, self.eligible, count)
         else:
@@ -211,6 +211,11 @@ class ShardData:
         if limit is not None and limit < len(ids):
             ids = ids[spread(len(ids), limit)]
         return map(self._samples.caption, ids.tolist())
+
+    def every_caption(self) -> Iterator[str]:
+        """Captions of all samples of training, then of validation; all shards are read for them, remote ones, too."""
+        yield from map(self._samples.caption, np.flatnonzero(self.train).tolist())
+        yield from self.validation.captions()
 
     @property
     def fingerprint(self) -> str:

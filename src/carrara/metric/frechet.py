@@ -98,7 +98,7 @@ class FrechetDistance(Float64Metric):
         if min(self._num_images) < 2:
             raise UserError(
                 f"a Fréchet distance needs at least 2 real and 2 generated images, not "
-                f"{self._num_images[0]} and {self._num_images[1]}: raise size.evaluation.num_images"
+                f"{self._num_images[0]} and {self._num_images[1]}: raise size.evaluation.num_images or data.val_samples"
             )
         return gaussian_distance(self._gaussian("real"), self._gaussian("generated")).to(self.device)
 

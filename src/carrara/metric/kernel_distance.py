@@ -61,7 +61,7 @@ class KernelDistance(Float64Metric):
         if min(self._num_images) < 2:
             raise UserError(
                 f"a kernel distance needs at least 2 real and 2 generated images, not "
-                f"{self._num_images[0]} and {self._num_images[1]}: raise size.evaluation.num_images"
+                f"{self._num_images[0]} and {self._num_images[1]}: raise size.evaluation.num_images or data.val_samples"
             )
         if max(self._num_images) <= self.subset_size:
             return kernel_distance(real, generated)

@@ -19,6 +19,8 @@ class Labels(Vocabulary):
         num_classes: the most there may be.
     """
 
+    complete = True
+
     def __init__(self, num_classes: int):
         super().__init__()
         self.num_classes = num_classes

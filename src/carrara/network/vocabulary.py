@@ -1,6 +1,7 @@
 """What is learned from all captions before the first step."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,12 @@ class Vocabulary(nn.Module):
 
     It is a module so that it travels inside the state dict of whatever reads it: one file holds the weights and the
     vocabulary they belong to.
+
+    Attributes:
+        complete: whether it has to see every caption, and not only so many that more add nothing.
     """
+
+    complete: ClassVar[bool] = False
 
     @property
     def trained(self) -> bool:
