@@ -1,12 +1,16 @@
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
 from carrara.config import build, check, compose, fingerprint, load_yaml, resolve, save_yaml, sweep_overrides
+from carrara.config_kind import mismatch
 from carrara.errors import UserError
 
+CONF = Path(__file__).parents[1] / "conf"
 FILES = {
     "train.yaml": """
         defaults: [_self_, trainer: default, size: demo, data: shapes, model: latent_unet, experiment: null]
@@ -263,6 +267,70 @@ def test_build_names_a_setting_that_a_class_does_not_have(nested):
     whole = {"_target_": "carrara.diffusion.schedule_table.ZeroTerminalSNR", "table": node} if nested else node
     with pytest.raises(UserError, match=r"Linear has no setting beta_strt; did you mean 'beta_start'\?"):
         build(whole)
+
+
+UNET = {
+    "_target_": "carrara.network.unet.UNet", "in_channels": 4, "resolution": 8, "channels": [8, 8],
+    "attention": [False, True], "num_blocks": 1, "depth": 1, "heads": 2, "context_width": 8, "expansion": 2,
+    "qk_norm": True, "learned_positions": False, "pooled_width": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "message"),
+    [
+        ("channels", 96, "channels of .*UNet must be a list, not 96"),
+        ("channels", None, "must be a list, not null"),
+        ("heads", "two", 'heads of .*UNet must be a whole number or a list, not "two"'),
+        ("depth", 1.5, "depth of .*UNet must be a whole number, not 1.5"),
+        ("qk_norm", 1, "must be true or false, not 1"),
+        ("expansion", None, "expansion of .*UNet must be a whole number, not null"),
+    ],
+)
+def test_build_names_a_setting_of_another_kind(key, wrong, message):
+    build({**UNET, "heads": [2, 2]})
+    with pytest.raises(UserError, match=message):
+        build({**UNET, key: wrong})
+
+
+def test_kinds_follow_the_annotations():
+    def reader(
+        number: float, either: str | Sequence[str], choice: Literal["a", "b"] | None, node: Mapping[str, float],
+        made: Callable[[], int], anything: Any,
+    ) -> None: ...  # fmt: skip
+
+    good: dict[str, list[Any]] = {
+        "number": [1, 2.5],
+        "either": ["a", ["a"]],
+        "choice": ["a", None],
+        "node": [{}],
+        "made": [{}, 3],
+    }
+    for key, values in {**good, "anything": [None], "unknown": [1]}.items():
+        assert [mismatch(reader, key, value) for value in values] == [None] * len(values)
+    assert mismatch(reader, "number", True) == "a number"
+    assert mismatch(reader, "either", None) == "a word or a list"
+    assert mismatch(reader, "choice", 1) == "a word or null"
+    assert mismatch(reader, "node", [1]) == "a group of settings"
+
+
+@pytest.mark.parametrize("wrong", [None, -1, 1.5, [1, 2], True])
+def test_a_run_has_one_seed(wrong):
+    with pytest.raises(UserError, match="seed must be a whole number from 0 on"):
+        check({"model": {}, "seed": wrong})
+
+
+def test_a_list_is_left_to_a_constructor_alone():
+    composed = compose(CONF, "train", ["size=demo", "model=pixel_unet", "network.heads=[2,4]"])
+    assert composed.config["network"]["heads"] == [2, 4]
+    with pytest.raises(UserError, match=r"trainer\.log_steps is a number \(now 50\), not \[1\]"):
+        compose(CONF, "train", ["size=demo", "trainer.log_steps=[1]"])
+
+
+def test_a_group_that_a_model_does_not_have_is_named():
+    for override, group in (("conditioner=clip", "conditioner"), ("diffusion/schedule=flow", "diffusion/schedule")):
+        with pytest.raises(UserError, match=f"this model has no {group}: leave {group}=… out"):
+            compose(CONF, "train", ["model=dalle", override])
 
 
 def test_a_fingerprint_is_of_the_content():

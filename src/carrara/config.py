@@ -16,7 +16,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from carrara import config_check
+from carrara import config_check, config_kind
 from carrara.config_hydra import hydra_of, in_words, no_environment, parse, plain
 from carrara.errors import UserError
 
@@ -96,6 +96,9 @@ def check(config: Config) -> None:
     trainer = config.get("trainer")
     if trainer is not None:
         config_check.check_trainer(trainer)
+    seed = config.get("seed", 0)
+    if "model" in config and (type(seed) is not int or seed < 0):
+        raise UserError(f"seed must be a whole number from 0 on, not {seed!r}")
 
 
 def size_of(settings: DictConfig) -> Config:
@@ -128,8 +131,8 @@ def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
     """The object that a node's `_target_` names, nested nodes built first; `arguments` join the node's own.
 
     Raises:
-        UserError: a target that is no class or function of ours, a setting that it does not have, an interpolation, or
-            what a constructor says of its settings.
+        UserError: a target that is no class or function of ours, a setting that it does not have or of another kind, an
+            interpolation, or what a constructor says of its settings.
     """
     if "_target_" not in node:
         raise UserError(f"a node without _target_ cannot be built; it has {', '.join(node) or 'nothing'}")
@@ -163,11 +166,15 @@ def _of_ours(target: str) -> Callable[..., Any]:
 def _check_settings(node: Mapping[str, Any], args: Sequence[Any], arguments: Mapping[str, Any]) -> None:
     """A node says what its class asks for and `args` and `arguments` do not, and no more: versions differ in that."""
     target = str(node["_target_"])
-    parameters = inspect.signature(_of_ours(target)).parameters
+    reader = _of_ours(target)
+    parameters = inspect.signature(reader).parameters
     known, given = list(parameters), node.keys() | arguments.keys()
     for key in node:
         if key not in parameters and not key.startswith("_"):
             raise UserError(f"{target} has no setting {key}{config_check.did_you_mean(key, known)}")
+        built = isinstance(node[key], Mapping) and "_target_" in node[key]
+        if not built and (wanted := config_kind.mismatch(reader, key, node[key])):
+            raise UserError(f"{key} of {target} must be {wanted}, not {json.dumps(node[key])}")
     lacking = [key for key in known[len(args) :] if parameters[key].default is inspect.Parameter.empty]
     if not node.get("_partial_") and (lacking := [key for key in lacking if key not in given]):
         raise UserError(f"{target} needs the setting {lacking[0]}")

@@ -29,7 +29,7 @@ _LEAST = dict.fromkeys(
     1,
 ) | {"keep_best": 0, "max_restarts": 0}  # fmt: skip
 _POSITIVE = ("gradient_clip", "checkpoint_minutes", "timeout_s", "learning_rate")
-_MAY_BE_NULL = ("max_steps", "epoch_samples", "gradient_clip", "keep_every")
+_MAY_BE_NULL = ("epoch_samples", "gradient_clip", "keep_every")
 
 _TARGET = re.compile(rf"carrara\.({'|'.join(PACKAGES)})(\.[A-Za-z]\w*)+")
 
@@ -109,7 +109,9 @@ def check_experiment(path: Path, base: Mapping[str, Any]) -> None:
 
 
 def check_types(overrides: Sequence[Override], base: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """A number stays a number, a switch a switch, a group of settings a group; `null` is left to its reader.
+    """A number stays a number, a switch a switch, a group of settings a group.
+
+    `null` is left to its reader, and so is a list of what is read by a constructor, which says if it takes one.
 
     Raises:
         UserError: a value of another kind than the one it replaces.
@@ -118,6 +120,9 @@ def check_types(overrides: Sequence[Override], base: Mapping[str, Any], config: 
     for key in dict.fromkeys(o.key_or_group for o in overrides if not is_hydras(o) and o.key_or_group in before):
         old, new = before[key], after.get(key)
         if new is None or old is None:
+            continue
+        parent = after.get(key.rpartition(".")[0])
+        if list in (type(old), type(new)) and isinstance(parent, Mapping) and "_target_" in parent:
             continue
         kind = _kind(old)
         if kind is not None and _kind(new) != kind:

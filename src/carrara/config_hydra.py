@@ -1,5 +1,6 @@
 """Hydra and OmegaConf as the configs use them: mistakes in one line, and nothing of the environment."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,8 @@ def no_environment() -> Iterator[None]:
 
 def in_words(error: Exception) -> str:
     """Hydra's message in one line, without search paths, links and hints for its own developers."""
+    if missing := re.search(r"Could not override '([^']+)'", str(error)):
+        return f"this model has no {missing[1]}: leave {missing[1]}=… out"
     lines: list[str] = []
     for line in f"{error}\n{error.__cause__ or ''}".splitlines():
         line = line.strip()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from carrara.autoencoder.discrete import Discrete
-from carrara.model.base import Model, OptimizerFactory
+from carrara.model.base import Model, OptimizerFactory, share
 from carrara.model.token_loss import mean_by_caption
 from carrara.network.autoregressive import TextImageTransformer
 
@@ -72,7 +72,7 @@ class AutoregressiveModel(Model):
         self.autoencoder = autoencoder.eval()
         self.image_weight = image_weight
         self.text_weight = text_weight
-        self.caption_dropout = caption_dropout
+        self.caption_dropout = share("caption_dropout", caption_dropout)
 
     @property
     def hot(self) -> list[nn.Module]:

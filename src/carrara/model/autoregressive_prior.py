@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from carrara.conditioner.base import Conditioner
 from carrara.evaluator.clip import CLIP
-from carrara.model.base import OptimizerFactory
+from carrara.model.base import OptimizerFactory, share
 from carrara.model.conditioned import Conditioned
 from carrara.model.embedding_prior import EmbeddingPriorModel
 from carrara.network.embedding_transformer import EmbeddingTransformer
@@ -44,7 +44,7 @@ class AutoregressivePriorModel(EmbeddingPriorModel):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.generator = Conditioned(network, conditioner)
         self.keep(clip)
-        self.caption_dropout = caption_dropout
+        self.caption_dropout = share("caption_dropout", caption_dropout)
 
     @property
     def network(self) -> EmbeddingTransformer:

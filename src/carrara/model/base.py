@@ -16,6 +16,17 @@ from carrara.network.by_reference import ByReference
 OptimizerFactory = Callable[[list[dict]], torch.optim.Optimizer]
 
 
+def share(name: str, value: float) -> float:
+    """A setting that is a share or a probability.
+
+    Raises:
+        ValueError: it does not lie in [0, 1].
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"model.{name}={value} must lie between 0 and 1")
+    return value
+
+
 class Model(lightning.LightningModule):
     """One trainable part.
 
@@ -33,8 +44,10 @@ class Model(lightning.LightningModule):
     def __init__(self, optimizer: OptimizerFactory, warmup_steps: int, cooldown: float, max_steps: int, seed: int):
         super().__init__()
         self.optimizer_factory = optimizer
+        if warmup_steps < 0:
+            raise ValueError(f"model.warmup_steps={warmup_steps} must be 0 or more")
         self.warmup_steps = warmup_steps
-        self.cooldown = cooldown
+        self.cooldown = share("cooldown", cooldown)
         self.max_steps = max_steps
         self.seed = seed
 

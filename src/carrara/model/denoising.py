@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from carrara.conditioner.base import Conditioner
 from carrara.diffusion.objective import Objective
-from carrara.model.base import Model, OptimizerFactory
+from carrara.model.base import Model, OptimizerFactory, share
 from carrara.model.conditioned import Conditioned
 from carrara.network.conditioning import Conditioning
 
@@ -43,7 +43,7 @@ class DenoisingModel(Model):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         self.predictor = Conditioned(network, conditioner)
         self.objective = objective
-        self.caption_dropout = caption_dropout
+        self.caption_dropout = share("caption_dropout", caption_dropout)
         self.stratified = stratified
 
     @property

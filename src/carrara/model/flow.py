@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from carrara import keyed_random
 from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.base import Conditioner
-from carrara.model.base import Model, OptimizerFactory
+from carrara.model.base import Model, OptimizerFactory, share
 from carrara.model.conditioned import Conditioned, caption_mean
 
 LEVEL = 1 / 127.5  # what one of 256 levels takes of [−1, 1]
@@ -60,7 +60,7 @@ class FlowModel(Model):
         autoencoder.requires_grad_(False)
         self.autoencoder = autoencoder.eval()
         self.noise_std = noise_std
-        self.caption_dropout = caption_dropout
+        self.caption_dropout = share("caption_dropout", caption_dropout)
         self.caption_mean_weight = caption_mean_weight
         self.caption_mean = caption_mean(autoencoder.latent_channels, conditioner, caption_mean_weight)
 
