@@ -1,8 +1,26 @@
 """Which floating-point precision the machine is good at."""
 
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+
+from carrara.errors import UserError
+
+
+def check_machine(trainer: Mapping[str, Any]) -> None:
+    """The machine has what the `trainer` node asks for.
+
+    Raises:
+        UserError: too few GPUs, or a precision that is theirs alone.
+    """
+    there = torch.cuda.device_count()
+    on_gpu = trainer["accelerator"] == "gpu" or (trainer["accelerator"] == "auto" and there > 0)
+    if on_gpu and trainer["devices"] > there:
+        raise UserError(f"trainer.devices={trainer['devices']}, but this machine has {there} GPUs")
+    if trainer["precision"] == "16-mixed" and not on_gpu:
+        raise UserError("trainer.precision=16-mixed is of GPUs alone: take auto, bf16-mixed or 32-true")
 
 
 def choose_precision(setting: str, accelerator: str) -> tuple[str, str]:

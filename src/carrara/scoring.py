@@ -42,7 +42,8 @@ def run(out: Path) -> None:
     precision, _ = choose_precision(settings["precision"], settings["accelerator"])
 
     def autocast() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+        half = torch.float16 if precision == "16-mixed" else torch.bfloat16
+        return torch.autocast(device.type, half, enabled=precision != "32-true")
 
     def setting(data: ShardData) -> Setting:
         return Setting(data.validation, rank, world, device, autocast, out if rank == 0 else None, 0)

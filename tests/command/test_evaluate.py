@@ -31,6 +31,8 @@ def test_a_folder_of_pictures_is_taken(tmp_path):
         (["images=.", "weak=x", "likelihood_steps=3"], "weak, likelihood_steps: "),
         (["images=.", "batch_size=0"], "batch_size must be a whole number from 1 on, not 0"),
         (["images=.", "num_images=-5"], "num_images must be a whole number from 2 on, not -5"),
+        (["images=.", "trainer.accelerator=gpu", "trainer.devices=99"], "trainer.devices=99, but this machine has"),
+        (["images=.", "trainer.accelerator=cpu", "trainer.precision=16-mixed"], "16-mixed is of GPUs alone"),
         (["images=.", "num_images=2.5"], "num_images must be a whole number from 2 on, not 2.5"),
     ],
 )

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from carrara import run_folder
+from carrara.callback.checkpoint_file import checkpoint_name
 from carrara.command import train
 from carrara.command_line import RunFailed
 from carrara.component import save_component
-from carrara.config import build, load_yaml
+from carrara.config import build, compose, load_yaml
 from carrara.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +195,26 @@ def test_a_sweep_makes_a_folder_for_each_run(conf, started):
     assert not [path for path in Path().rglob("*") if path.name == ".hydra" or path.suffix == ".log"]
 
 
+def test_what_cannot_be_is_told_before_a_sweep_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    singular = ["diffusion/schedule=cosine,zero_terminal_snr", "diffusion/parameterization=epsilon"]
+    for more in ([], ["dry_run=true"]):
+        with pytest.raises(UserError, match="zero"):
+            train.main(ROOT / "conf", ["-m", "model=pixel_unet", "size=demo", *singular, *more])
+    assert os.listdir() == []
+
+
+def test_a_plan_does_not_hide_a_mistake_in_data_that_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = ["model=autoencoder", *(f"data.make.{key}={n}" for key, n in (("num_train", 24), ("num_val", 4)))]
+    wrong = [*few, "dry_run=true", "data.caption=shpae"]
+    train.main(ROOT / "conf", wrong)
+    assert "they are made when training starts" in capsys.readouterr().out
+    build(compose(ROOT / "conf", "train", few).config["data"])
+    train.main(ROOT / "conf", wrong)
+    assert "holds no image with a caption (shpae); set data.caption" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("failure", [RunFailed(3), UserError("no captions")])
 def test_a_sweep_goes_on_after_a_run_that_fails(conf, started, failure, capfd):
     started.failure = failure
@@ -305,6 +326,29 @@ def test_a_resumed_run_stays_the_same(conf, started, override, message):
     assert (folder / "config.yaml").read_text() == before
 
 
+def test_a_resumed_run_is_not_made_shorter_than_it_is(conf, started):
+    train.main(conf, ["model=autoencoder", "trainer.max_steps=9"])
+    [(folder, _)] = started
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / checkpoint_name(6)).touch()
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"trainer\.max_steps=5: .* has reached step 6"):
+        train.main(conf, [f"resume={folder}", "trainer.max_steps=5"])
+    assert (folder / "config.yaml").read_text() == before
+    train.main(conf, [f"resume={folder}", "trainer.max_steps=12"])
+    assert load_yaml(folder / "config.yaml")["trainer"]["max_steps"] == 12
+
+
+def test_a_part_that_runs_share_stays_what_its_name_says(conf, started):
+    train.main(conf, [])
+    part = started.folders[0]
+    with pytest.raises(UserError, match=r"is a part that runs share: for trainer\.max_steps=9 train it by itself"):
+        train.main(conf, [f"resume={part}", "trainer.max_steps=9"])
+    (part / "component" / "card.json").unlink()
+    train.main(conf, [f"resume={part}"])
+    assert started.folders[-1] == part
+
+
 def test_resume_names_what_it_does_not_find(conf, started):
     with pytest.raises(UserError, match="there is no run nowhere"):
         train.main(conf, ["resume=nowhere"])
@@ -374,6 +418,8 @@ def test_missing_shards_are_told_before_a_folder_is_made(conf, started):
 def test_too_many_devices_are_told(conf, started):
     with pytest.raises(UserError, match=r"trainer\.devices=2, but this machine has 0 GPUs"):
         train.main(conf, ["trainer.accelerator=gpu", "trainer.devices=2"])
+    with pytest.raises(UserError, match=r"trainer\.precision=16-mixed is of GPUs alone"):
+        train.main(conf, ["trainer.accelerator=cpu", "trainer.precision=16-mixed"])
 
 
 def test_cfg_shows_every_key(conf):

@@ -70,6 +70,9 @@ def _checked(composed: Composed, overrides: list[str]) -> Config:
     for key, least in (("batch_size", 1), ("num_images", 2)):
         if order[key] is not None and (not isinstance(order[key], int) or order[key] < least):
             raise UserError(f"{key} must be a whole number from {least} on, not {order[key]!r}")
+    from carrara.precision import check_machine
+
+    check_machine(order["trainer"])
     for kind, reference in order["part"].items():
         if reference is not None:
             order["part"][kind] = str(find_component(str(reference), kind, runs_dir))

@@ -70,13 +70,15 @@ class Job:
 
 def train(job: Job, start: Start) -> None:
     """Trains the parts that are missing, then the run, in its folder."""
+    from carrara.precision import check_machine  # here and below: a misspelt key is answered without waiting for torch
+
     config, resumed = _config(job)
     composed = Composed(config, job.composed.choices, job.composed.size)
     _check_modules(config, parts.needed_parts(job.conf_dir, composed, None))  # told before data are made
     if config["dry_run"]:
         _show_plan(job.conf_dir, composed)
         return
-    _check_devices(config)
+    check_machine(config["trainer"])
     data_fingerprint = build(config["data"]).fingerprint  # one process makes and scans what is missing
     needed = parts.needed_parts(job.conf_dir, composed, data_fingerprint)
     devices = config["trainer"]["devices"]
@@ -117,24 +119,30 @@ def _config(job: Job) -> tuple[Config, Path | None]:
     if job.world is not None:
         changed += ["trainer.devices", "trainer.num_nodes"]
     changes = {key: config["trainer"].get(key.removeprefix("trainer.")) for key in changed}
+    if "trainer.max_steps" in changes:
+        _check_length(folder, config["trainer"]["max_steps"])
     saved = run_folder.continued(run_folder.load_config(folder), changes)
     return {**saved, "dry_run": config["dry_run"]}, folder
+
+
+def _check_length(folder: Path, max_steps: int) -> None:
+    """A run is not made shorter than it is, and what runs share stays what its name says."""
+    from carrara.callback.checkpoint_file import checkpoints
+
+    if folder.parent.name == "components":
+        raise UserError(
+            f"{folder} is a part that runs share: for trainer.max_steps={max_steps} train it by itself, and name that "
+            "run with part.…=RUN"
+        )
+    reached = max(checkpoints(folder / "checkpoints"), default=0)
+    if max_steps < reached:
+        raise UserError(f"trainer.max_steps={max_steps}: {folder} has reached step {reached}")
 
 
 def _changes(config: Config) -> dict[str, object]:
     """What a requeued job may have been given anew: the machine's side of the run."""
     keys = [key for key in run_folder.CHANGEABLE if key != "trainer.max_steps"]
     return {key: config["trainer"][key.removeprefix("trainer.")] for key in keys}
-
-
-def _check_devices(config: Config) -> None:
-    import torch  # here and below: a misspelt key is answered without waiting for torch
-
-    trainer = config["trainer"]
-    there = torch.cuda.device_count()
-    on_gpu = trainer["accelerator"] == "gpu" or (trainer["accelerator"] == "auto" and there > 0)
-    if on_gpu and trainer["devices"] > there:
-        raise UserError(f"trainer.devices={trainer['devices']}, but this machine has {there} GPUs")
 
 
 def _check_modules(config: Config, needed: list[parts.Part]) -> None:
@@ -181,8 +189,9 @@ def _show_plan(conf_dir: Path, composed: Composed) -> None:
     try:
         data = build(node)
     except UserError as mistake:
-        made = UserError("they are made when training starts") if composed.config["data"].get("make") else None
-        data = made or mistake
+        there = any(Path(composed.config["data"].get("root") or "").glob("*.tar"))
+        to_make = composed.config["data"].get("make") and not there
+        data = UserError("they are made when training starts") if to_make else mistake
     data_fingerprint = None if isinstance(data, UserError) else data.fingerprint
     needed = parts.needed_parts(conf_dir, composed, data_fingerprint)
     print(describe(composed.config, needed, data))
@@ -241,6 +250,8 @@ def _sweep(conf_dir: Path, overrides: list[str], world: World | None) -> None:
     runs = [compose(conf_dir, NAME, run) for run in sweep_overrides(conf_dir, overrides)]
     if any(run.config["resume"] not in (None, "auto") for run in runs):
         raise UserError("resume=RUN goes on with one run; leave -m out")
+    for run in runs:
+        _check_modules(run.config, parts.needed_parts(conf_dir, run, None))
     if all(run.config["dry_run"] for run in runs):
         for run in runs:
             _show_plan(conf_dir, run)
