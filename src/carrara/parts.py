@@ -264,7 +264,10 @@ def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
     try:
         return compose(conf_dir, "train", [f"model={kind}", *choices], nodes)
     except UserError as mistake:
-        raise UserError(f"part.{kind}={AUTO}: python train.py model={kind} says {mistake}") from None
+        raise UserError(
+            f"part.{kind}={AUTO}: python train.py model={kind} says {mistake}; its settings are "
+            f"size.{kind if kind in composed.size else kinds_of(kind)[0]}.… here"
+        ) from None
 
 
 def _part_fingerprint(config: Mapping[str, Any], parts: list[Part], data_fingerprint: str) -> str:

@@ -62,7 +62,8 @@ def check_captions(config: Config) -> None:
     """
     name = config.get("name")
     if name in _OF_CAPTIONS and config["data"].get("caption", "") is None:
+        without = "goes without it (part.evaluator=null), or " if name == "evaluator" else ""
         raise UserError(
-            f"data.caption=null leaves model={name} nothing to learn from; a run that would use one goes without it "
-            f"(part.{name}=null), or names a trained one"
+            f"data.caption=null leaves model={name} nothing to learn from; a run that would use one {without}"
+            f"names a trained one with part.{name}=RUN"
         )

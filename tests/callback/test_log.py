@@ -11,6 +11,7 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from carrara.callback.json_lines import cut_back
 from carrara.callback.log import JsonLines, Wandb, counters
+from carrara.errors import UserError
 
 
 def log_of(tmp_path, *steps: int) -> JsonLines:
@@ -85,7 +86,12 @@ def test_traps_21_and_22_without_a_key_wandb_is_kept_here_and_all_stands_over_im
     log.log_metrics({"train/loss": 0.5}, 3)
     log.experiment.finish()
     wandb.teardown()  # waits until all is on disk
-    assert "W&B: offline, for want of a key" in caplog.text
+    assert "W&B: offline, for want of a key (wandb login); later: " in caplog.text
+    caplog.clear()
+    Wandb(tmp_path, {"logger": {"wandb": settings | {"mode": "offline"}}, "sweep": None}, 32, 10)
+    assert "W&B: offline; later: " in caplog.text
+    with pytest.raises(UserError, match=r"logger\.wandb\.mode=onlin is not known; it is one of auto, online"):
+        Wandb(tmp_path, {"logger": {"wandb": settings | {"mode": "onlin"}}, "sweep": None}, 32, 10)
     (path,) = tmp_path.rglob("run-*.wandb")
     records = list(written(path))
     metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]

@@ -47,6 +47,7 @@ def test_a_picture_alone_is_changed_and_a_mask_painted(order):
         ({"strength": 0}, "strength must be"),
         ({"strength": 1.5}, "strength must be"),
         ({"strength": "much"}, "strength must be"),
+        ({"image": ["image.png", "mask.png"]}, "this run starts from one picture: image=FILE"),
         ({"image": "missing.png"}, "image=.*missing.png cannot be read: No such file"),
         ({"image": "text.png"}, "image=.*text.png is no picture"),
         ({"mask": "black.png"}, "black everywhere"),
@@ -54,7 +55,7 @@ def test_a_picture_alone_is_changed_and_a_mask_painted(order):
 )
 def test_mistakes_are_named(order, changes, message):
     folder = order["folder"]
-    paths = {k: str(folder / v) if k in ("image", "mask") and v is not None else v for k, v in changes.items()}
+    paths = {k: str(folder / v) if k in ("image", "mask") and isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(UserError, match=message) as mistake:
         _source(order | paths, 8)
     assert "\n" not in str(mistake.value)

@@ -16,6 +16,9 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from carrara.callback.json_lines import rows
+from carrara.errors import UserError
+
+_MODES = ("auto", "online", "offline", "disabled")
 
 _log = logging.getLogger(__name__)
 
@@ -83,15 +86,15 @@ class Wandb(WandbLogger):
     def __init__(self, folder: Path, config: Mapping[str, Any], batch_size: int, steps_per_epoch: int):
         settings = config["logger"]["wandb"]
         os.environ.setdefault("WANDB_SILENT", "true")  # what is worth saying is said below, once
+        if settings["mode"] not in _MODES:
+            raise UserError(f"logger.wandb.mode={settings['mode']} is not known; it is one of {', '.join(_MODES)}")
         mode = os.environ.get("WANDB_MODE") or settings["mode"]
         online = mode == "online" or (mode == "auto" and wandb.login(prompt=False))
         identity = folder / "wandb_id.txt"
         if getattr(rank_zero_only, "rank", 0) == 0:
             if not online and mode != "disabled":
-                _log.info(
-                    "W&B: offline, for want of a key (wandb login); later: wandb sync %s/wandb/offline-*",
-                    folder,
-                )
+                why = ", for want of a key (wandb login)" if mode == "auto" else ""
+                _log.info("W&B: offline%s; later: wandb sync %s/wandb/offline-*", why, folder)
             if not identity.exists():
                 identity.write_text(secrets.token_hex(4))
         super().__init__(

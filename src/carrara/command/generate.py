@@ -128,6 +128,8 @@ def _job(order: Config, config: Config, pipeline: Pipeline | SuperResolution) ->
 
 
 def _source(order: Config, resolution: int) -> Source | None:
+    if isinstance(order["image"], list):
+        raise UserError("image=[…]: this run starts from one picture: image=FILE")
     if order["image"] is None:
         if order["mask"] is not None or order["strength"] is not None:
             raise UserError("mask and strength are of a picture to start from: give image=FILE")
