@@ -13,7 +13,8 @@ from pathlib import Path
 from carrara.run_folder import load_config
 from experiments.tools import ROOT, RUNS, last_scores, spread, table, trained
 
-CORRUPTIONS, TARGETS, SEEDS = ("gaussian", "text"), ("clean", "noisy", "self"), (0, 1, 2)
+EXPERIMENTS = {"gaussian": "noise2noise", "text": "noise2noise_text"}  # by corruption
+TARGETS, SEEDS = ("clean", "noisy", "self"), (0,)
 COLUMNS = ("fd_evaluator", "clip_score", "prompt_accuracy/all")
 NAME = "noise2noise"
 
@@ -29,13 +30,13 @@ def written(do: str, label: str, overrides: Sequence[str]) -> Path:
 def restorations(more: Sequence[str]) -> dict[str, Path]:
     """Prints what every target comes to; the runs with noisy targets and the first seed, by corruption."""
     rows, found = [], {}
-    for corruption in CORRUPTIONS:
+    for corruption, experiment in EXPERIMENTS.items():
         for target in TARGETS:
             runs = [
                 trained(
                     NAME,
                     f"{corruption}-{target}-{seed}",
-                    [f"experiment={NAME}", f"corruption={corruption}", f"model.target={target}", f"seed={seed}", *more],
+                    [f"experiment={experiment}", f"model.target={target}", f"seed={seed}", *more],
                 )
                 for seed in SEEDS
             ]
@@ -55,7 +56,7 @@ def diffusion(restoration: dict[str, Path], more: Sequence[str]) -> None:
     config = load_config(clean)
     evaluator = f"part.evaluator={config['part']['evaluator']}"  # the one that knows clean pictures judges all
     rows = [["clean", "", *_row(clean)]]
-    for corruption in CORRUPTIONS:
+    for corruption in EXPERIMENTS:
         noisy = written("corrupt", f"{corruption}-noisy", [f"corruption={corruption}"])
         urls = f"data.urls={noisy}/*.tar"
         kinds = {

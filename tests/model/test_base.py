@@ -6,11 +6,13 @@ import torch
 from carrara.model.base import Model
 from tests.tiny import (
     autoencoder_model,
+    autoregressive_model,
     batch,
     batches,
     diffusion_model,
     equal,
     evaluator_model,
+    flow_model,
     kl,
     text,
     trainer,
@@ -26,6 +28,21 @@ def with_frozen_parts() -> Model:
 
 def is_frozen(name: str) -> bool:
     return name.startswith(("autoencoder.", "predictor.conditioner."))
+
+
+@pytest.mark.parametrize("make", [diffusion_model, flow_model, autoregressive_model])
+@pytest.mark.parametrize(
+    ("key", "wrong", "message"),
+    [
+        ("warmup_steps", -1, "be 0 or more"),
+        ("cooldown", 1.5, "lie between 0 and 1"),
+        ("caption_dropout", 10, "lie between 0 and 1"),
+        ("caption_dropout", -0.1, "lie between 0 and 1"),
+    ],
+)
+def test_a_share_is_one(make, key, wrong, message):
+    with pytest.raises(ValueError, match=rf"model\.{key}={wrong} must {message}"):
+        make(**{key: wrong})
 
 
 def test_frozen_parts_stay_as_they_are_bit_for_bit(tmp_path):
