@@ -96,7 +96,7 @@ def set_scores(config: Config, order: Config) -> None:
 
 
 def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
-    data: ShardData = build(order["data"])
+    data: ShardData = build({**order["data"], "seed": 0})  # of training's order; null, the run's, is no number
     where = setting(data)
     part, device = order["part"], where.device
     evaluator, classifier = (
