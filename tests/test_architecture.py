@@ -152,6 +152,7 @@ def test_an_auto_encoder_that_is_chosen_brings_its_weights(model):
     ("overrides", "message"),
     [
         (["model=super_resolution", "model.factor=3"], r"model\.factor=3 does not divide data\.resolution=32"),
+        (["model=dalle2", "model.embedding_dropout=2"], r"model\.embedding_dropout=2 must lie between 0 and 1"),
         (["model=imagen", "autoencoder=kl"], "pictures are enlarged as they are, not as latents"),
         (
             ["model=dalle2", "network=stable_diffusion_1"],

@@ -329,7 +329,7 @@ def test_a_list_is_left_to_a_constructor_alone():
 
 def test_a_group_that_a_model_does_not_have_is_named():
     for override, group in (("conditioner=clip", "conditioner"), ("diffusion/schedule=flow", "diffusion/schedule")):
-        with pytest.raises(UserError, match=f"this model has no {group}: leave {group}=… out"):
+        with pytest.raises(UserError, match=f"there is no {group} to choose here: leave {group}=… out"):
             compose(CONF, "train", ["model=dalle", override])
 
 

@@ -189,8 +189,19 @@ def test_the_clip_that_made_the_embeddings_does_not_judge_them(tmp_path, monkeyp
 @pytest.mark.parametrize("overrides", [["model=evaluator"], ["model=clip"], ["model=language_model"], ["model=vae"]])
 def test_what_learns_from_captions_needs_some(overrides):
     composed = compose(CONF, "train", [*overrides, "data=laion", "size=demo", "data.caption=null"])
-    with pytest.raises(UserError, match=r"data\.caption=null leaves model=\w+ nothing to learn from"):
+    with pytest.raises(UserError, match=r"data\.caption=null leaves model=\w+ nothing to learn from") as told:
         needed_parts(CONF, composed, None)
+    judges = composed.config["name"] in ("evaluator", "vae")  # a run goes without a judge, and without nothing else
+    assert ("part.evaluator=null" in str(told.value)) == judges
+
+
+def test_a_mistake_in_a_part_is_told_with_the_name_of_its_settings():
+    for model, kind, size in (("latent_unet", "autoencoder", "autoencoder"), ("prior", "clip", "evaluator")):
+        overrides = [f"model={model}", "size=demo", "trainer.devices=3", "trainer.batch_size=9"]
+        with pytest.raises(
+            UserError, match=rf"part\.{kind}=auto: .*cannot be divided.*; its settings are size\.{size}\.…"
+        ):
+            needed_parts(CONF, compose(CONF, "train", overrides), None)
 
 
 def test_no_part_is_no_part(run):

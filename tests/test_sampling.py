@@ -8,7 +8,7 @@ import torch
 
 from carrara.build import build_sampling
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO
-from carrara.command import train
+from carrara.command.train_check import check_modules
 from carrara.config import compose
 from carrara.errors import UserError
 from carrara.run_folder import save_config
@@ -201,6 +201,6 @@ def test_a_start_from_next_to_nothing_is_told(schedule, target, thresholding, do
     config = compose(CONF, "train", ["model=pixel_unet", *(f"diffusion/{part}" for part in parts)]).config
     monkeypatch.setattr(logging.getLogger("carrara"), "propagate", True)  # a command of an earlier test may have set it
     with caplog.at_level(logging.WARNING):
-        train._check_modules(config, [])
+        check_modules(config, [])
     assert (f"{target} with the" in caplog.text and "expect noise" in caplog.text) == doubtful
     assert len(caplog.records) == doubtful

@@ -77,7 +77,7 @@ def no_environment() -> Iterator[None]:
 def in_words(error: Exception) -> str:
     """Hydra's message in one line, without search paths, links and hints for its own developers."""
     if missing := re.search(r"Could not override '([^']+)'", str(error)):
-        return f"this model has no {missing[1]}: leave {missing[1]}=… out"
+        return f"there is no {missing[1]} to choose here: leave {missing[1]}=… out"
     lines: list[str] = []
     for line in f"{error}\n{error.__cause__ or ''}".splitlines():
         line = line.strip()

@@ -1,4 +1,4 @@
-"""Which floating-point precision the machine is good at."""
+"""What the machine has, and which floating-point precision it is good at."""
 
 import os
 from collections.abc import Mapping

@@ -10,6 +10,7 @@ from carrara.config import Composed, Config, compose, save_yaml
 from carrara.errors import UserError
 from carrara.launch import launch
 from carrara.parts import find_component
+from carrara.precision import check_machine
 from carrara.run_folder import find_run, made_folder
 
 NAME = "evaluate"
@@ -70,8 +71,6 @@ def _checked(composed: Composed, overrides: list[str]) -> Config:
     for key, least in (("batch_size", 1), ("num_images", 2)):
         if order[key] is not None and (not isinstance(order[key], int) or order[key] < least):
             raise UserError(f"{key} must be a whole number from {least} on, not {order[key]!r}")
-    from carrara.precision import check_machine
-
     check_machine(order["trainer"])
     for kind, reference in order["part"].items():
         if reference is not None:

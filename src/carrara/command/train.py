@@ -70,11 +70,12 @@ class Job:
 
 def train(job: Job, start: Start) -> None:
     """Trains the parts that are missing, then the run, in its folder."""
-    from carrara.precision import check_machine  # here and below: a misspelt key is answered without waiting for torch
+    from carrara.command.train_check import check_modules, check_stages  # here: a misspelt key does not wait for torch
+    from carrara.precision import check_machine
 
     config, resumed = _config(job)
     composed = Composed(config, job.composed.choices, job.composed.size)
-    _check_modules(config, parts.needed_parts(job.conf_dir, composed, None))  # told before data are made
+    check_modules(config, parts.needed_parts(job.conf_dir, composed, None))  # told before data are made
     if config["dry_run"]:
         _show_plan(job.conf_dir, composed)
         return
@@ -88,7 +89,7 @@ def train(job: Job, start: Start) -> None:
     needed = parts.imported(needed, Path(config["runs_dir"]))
     parts.train_missing(needed, lambda folder: start(folder, devices))
     config = parts.with_parts(config, needed)
-    _check_stages(config)
+    check_stages(config)
     runs_dir = Path(config["runs_dir"])
     folder = resumed
     if config["resume"] == "auto":
@@ -136,48 +137,13 @@ def _check_length(folder: Path, max_steps: int) -> None:
         )
     reached = max(checkpoints(folder / "checkpoints"), default=0)
     if max_steps < reached:
-        raise UserError(f"trainer.max_steps={max_steps}: {folder} has reached step {reached}")
+        raise UserError(f"trainer.max_steps={max_steps}: {folder} has reached step {reached}; no run is made shorter")
 
 
 def _changes(config: Config) -> dict[str, object]:
     """What a requeued job may have been given anew: the machine's side of the run."""
     keys = [key for key in run_folder.CHANGEABLE if key != "trainer.max_steps"]
     return {key: config["trainer"][key.removeprefix("trainer.")] for key in keys}
-
-
-def _check_modules(config: Config, needed: list[parts.Part]) -> None:
-    """What cannot be built, or does not fit, is told now, not after the parts are trained."""
-    from carrara.architecture import check_fit, check_trained, meta_modules
-    from carrara.build import Stage, build_objective, build_pipeline, build_sampling, doubtful_start, score_makers
-
-    modules, model = meta_modules(config)
-    check_trained(config, modules)
-    if "diffusion" in config:
-        doubt = doubtful_start(build_objective(config), build_sampling(config, modules.get("autoencoder")))
-        if doubt is not None:
-            _log.warning("%s", doubt)
-    if "corruption" in config:
-        build(config["corruption"])
-    check_fit(config, modules)
-    score_makers(config)
-    if "pipeline" not in config:
-        return
-    stages: dict[str, Stage] = {}
-    for part in needed:
-        if part.kind in parts.STAGES:  # they may not be trained yet
-            theirs = part.config if part.folder is None else run_folder.load_config(part.folder.parent)
-            their_modules, their_model = meta_modules(theirs)
-            stages[part.kind] = build_pipeline(theirs, their_modules, stages={}), their_model
-    build_pipeline(config, modules, stages=stages)(model)
-
-
-def _check_stages(config: Config) -> None:
-    """Trained stages whose weights do not belong together are told before the run has a folder."""
-    from carrara.build import build_model, build_pipeline, stages_of
-
-    if "pipeline" in config and stages_of(config):
-        model, modules = build_model(config)
-        build_pipeline(config, modules)(model)
 
 
 def _show_plan(conf_dir: Path, composed: Composed) -> None:
@@ -247,11 +213,13 @@ def _sweep(conf_dir: Path, overrides: list[str], world: World | None) -> None:
     if world is not None:
         raise UserError("-m starts its own processes: leave torchrun or srun out, or take hydra/launcher=slurm")
     _check_launcher(overrides)
+    from carrara.command.train_check import check_modules
+
     runs = [compose(conf_dir, NAME, run) for run in sweep_overrides(conf_dir, overrides)]
     if any(run.config["resume"] not in (None, "auto") for run in runs):
         raise UserError("resume=RUN goes on with one run; leave -m out")
     for run in runs:
-        _check_modules(run.config, parts.needed_parts(conf_dir, run, None))
+        check_modules(run.config, parts.needed_parts(conf_dir, run, None))
     if all(run.config["dry_run"] for run in runs):
         for run in runs:
             _show_plan(conf_dir, run)

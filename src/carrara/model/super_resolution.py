@@ -47,7 +47,7 @@ class SuperResolutionModel(DiffusionModel):
         max_steps: int,
         seed: int,
     ):
-        if not (isinstance(factor, int) and factor >= 1):
+        if factor < 1:
             raise ValueError(f"model.factor={factor} must be a whole number from 1 on")
         if not 0 < max_augmentation <= 1:
             raise ValueError(f"model.max_augmentation must lie in (0, 1], but is {max_augmentation}")

@@ -8,7 +8,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.conditioner.image_embedding import ImageEmbedding
 from carrara.diffusion.objective import Objective
 from carrara.evaluator.clip import CLIP
-from carrara.model.base import OptimizerFactory
+from carrara.model.base import OptimizerFactory, share
 from carrara.model.diffusion import DiffusionModel
 from carrara.network.conditioning import Conditioning
 
@@ -49,6 +49,7 @@ class UnCLIPModel(DiffusionModel):
             raise ValueError(
                 f"the embedding goes beside the time, too: pass network.pooled_width={conditioner.width}, not 0"
             )
+        share("embedding_dropout", embedding_dropout)
         super().__init__(
             network, conditioner, autoencoder, objective, embedding_dropout, stratified, 0.0,
             optimizer, warmup_steps, cooldown, max_steps, seed,

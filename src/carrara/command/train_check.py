@@ -1,0 +1,50 @@
+"""What a run cannot be, told before anything is trained or has a folder."""
+
+import logging
+
+from carrara import run_folder
+from carrara.architecture import check_fit, check_trained, meta_modules
+from carrara.build import (
+    Stage,
+    build_model,
+    build_objective,
+    build_pipeline,
+    build_sampling,
+    doubtful_start,
+    score_makers,
+    stages_of,
+)
+from carrara.config import Config, build
+from carrara.parts import STAGES, Part
+
+_log = logging.getLogger(__name__)
+
+
+def check_modules(config: Config, needed: list[Part]) -> None:
+    """What cannot be built, or does not fit, is told now, not after the parts are trained."""
+    modules, model = meta_modules(config)
+    check_trained(config, modules)
+    if "diffusion" in config:
+        doubt = doubtful_start(build_objective(config), build_sampling(config, modules.get("autoencoder")))
+        if doubt is not None:
+            _log.warning("%s", doubt)
+    if "corruption" in config:
+        build(config["corruption"])
+    check_fit(config, modules)
+    score_makers(config)
+    if "pipeline" not in config:
+        return
+    stages: dict[str, Stage] = {}
+    for part in needed:
+        if part.kind in STAGES:  # they may not be trained yet
+            theirs = part.config if part.folder is None else run_folder.load_config(part.folder.parent)
+            their_modules, their_model = meta_modules(theirs)
+            stages[part.kind] = build_pipeline(theirs, their_modules, stages={}), their_model
+    build_pipeline(config, modules, stages=stages)(model)
+
+
+def check_stages(config: Config) -> None:
+    """Trained stages whose weights do not belong together are told before the run has a folder."""
+    if "pipeline" in config and stages_of(config):
+        model, modules = build_model(config)
+        build_pipeline(config, modules)(model)
