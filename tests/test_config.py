@@ -6,7 +6,17 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from carrara.config import build, check, compose, fingerprint, load_yaml, resolve, save_yaml, sweep_overrides
+from carrara.config import (
+    build,
+    check,
+    check_settings,
+    compose,
+    fingerprint,
+    load_yaml,
+    resolve,
+    save_yaml,
+    sweep_overrides,
+)
 from carrara.config_kind import mismatch
 from carrara.errors import UserError
 
@@ -291,6 +301,17 @@ def test_build_names_a_setting_of_another_kind(key, wrong, message):
     build({**UNET, "heads": [2, 2]})
     with pytest.raises(UserError, match=message):
         build({**UNET, key: wrong})
+
+
+def test_a_run_s_settings_are_named_by_their_keys():
+    run = {"name": "latent_unet", "network": {**UNET, "checkpointing": False}, "callback": {"score": dict(UNET)}}
+    check_settings(run)
+    run["callback"]["score"]["heads"] = None
+    with pytest.raises(UserError, match=r"^callback\.score\.heads must be a whole number or a list, not null$"):
+        check_settings(run)
+    run["network"]["patch"] = 2
+    with pytest.raises(UserError, match=r"network\.patch: .*UNet has no such setting; model=latent_unet goes with"):
+        check_settings(run)
 
 
 def test_kinds_follow_the_annotations():

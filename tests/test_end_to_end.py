@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from carrara.build import load_trained
+from carrara.callback.checkpoint_file import newest_valid
+from carrara.component import load_component, read_component, save_component
+from carrara.errors import UserError
 from carrara.launch import launch
 from carrara.run_folder import load_config, save_config
 from tests.commands import ROOT, TINY, check_scores_again, last, rows, run, trained_part
@@ -40,6 +45,26 @@ def test_parts_are_trained_once(workplace: tuple[Path, Path]) -> None:
     done = run("train.py", *TINY, "seed=5", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert {p: p.stat().st_mtime_ns for p in (cwd / "runs" / "components").rglob("weights.safetensors")} == before
+
+
+def test_a_part_that_was_replaced_since_is_told(
+    workplace: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its latents are not those that the run learned; a judge may be another, whose hash is beside the scores."""
+    cwd, folder = workplace
+    shutil.copytree(cwd / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    folder = folder.relative_to(cwd) if folder.is_absolute() else folder
+    for kind in ("evaluator", "autoencoder"):
+        load_trained(folder)
+        part = read_component(Path(load_config(folder)["part"][kind]))
+        module, card = load_component(part.folder)
+        with torch.no_grad():
+            next(module.parameters()).add_(0.01)
+        save_component(part.folder, kind, part.config, module, card)
+    for checkpoint in (None, newest_valid(folder / "checkpoints")):
+        with pytest.raises(UserError, match=r"trained with other weights of part\.autoencoder .* put them back"):
+            load_trained(folder, checkpoint=checkpoint)
 
 
 def test_generate_writes_pictures_grid_and_strip(workplace: tuple[Path, Path]) -> None:

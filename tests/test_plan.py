@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from carrara.command import train
+from carrara.component import save_component
 from carrara.config import build, compose
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -43,3 +44,14 @@ def test_the_plan_finds_the_data_and_names_the_parts(nowhere, capsys):
     train.main(CONF, [*small, "dry_run=true"])
     assert "they are made when training starts" in capsys.readouterr().out
     assert not (nowhere / "data").exists()
+
+
+def test_a_named_part_is_counted_as_it_is(nowhere, capsys):
+    """Not by the run's own settings of it, which are for one that is trained."""
+    node = compose(CONF, "train", ["size=demo"]).config["autoencoder"]
+    node["channels"] = [2 * channels for channels in node["channels"]]
+    autoencoder = build(node)
+    save_component(Path("wide"), "autoencoder", node, autoencoder, {"fingerprint": "", "data": {}, "scores": {}})
+    train.main(CONF, ["size=demo", "part.autoencoder=wide", "dry_run=true"])
+    count = sum(parameter.numel() for parameter in autoencoder.parameters())
+    assert f"autoencoder    {count:,} frozen" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.callback.checkpoint_file import newest_valid
 from carrara.callback.ema import trainable
 from carrara.callback.score import Score
-from carrara.component import CONDITIONED, load_component
+from carrara.component import CONDITIONED, load_component, read_component
 from carrara.config import Config, build
 from carrara.data.module import ShardData
 from carrara.diffusion.objective import Objective
@@ -28,6 +28,7 @@ from carrara.run_folder import component_folder, is_finished, load_config
 from carrara.start import begin
 
 _HOPELESS = 1000.0  # sigma / alpha; the linear schedule of DDPM begins at 157, Stable Diffusion's at 15
+_JUDGES = ("evaluator", "classifier")
 ARCHITECTURES = (
     "network", "discriminator", "conditioner", "language_model", "autoencoder", "clip", "evaluator", "classifier"
 )  # fmt: skip
@@ -189,7 +190,7 @@ def score_makers(config: Config) -> list[Any]:
 def _judges(config: Config, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module | None]:
     """The trained evaluator and classifier of a run; an untrained one never judges."""
     part = config.get("part") or {}
-    return {kind: modules.get(kind) if part.get(kind) is not None else None for kind in ("evaluator", "classifier")}
+    return {kind: modules.get(kind) if part.get(kind) is not None else None for kind in _JUDGES}
 
 
 def _wanted(factory: Callable[..., Any], available: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,6 +229,22 @@ def _node(config: Config, name: str) -> Config:
     return dict(config[name]) if folder is None else {**config[name], "model": folder}
 
 
+def part_hashes(config: Config) -> dict[str, str]:
+    """SHA-256 of the weights of the parts that a run's config names, by the keys of its `part`."""
+    part = config.get("part") or {}
+    return {name: read_component(Path(part[name])).card["sha256"] for name in part if part[name] is not None}
+
+
+def _check_parts(folder: Path, config: Config, then: Mapping[str, str]) -> None:
+    """What a run samples with are the parts that it was trained with; its judges are named beside their scores."""
+    for name, now in part_hashes(config).items():
+        if name not in _JUDGES and now != then.get(name, now):
+            raise UserError(
+                f"{folder} was trained with other weights of part.{name} (SHA-256 {then[name][:12]}…) than are in "
+                f"{config['part'][name]} now ({now[:12]}…): put them back, or train it anew"
+            )
+
+
 def load_trained(
     folder: Path, classifier: str | None = None, checkpoint: Path | None = None
 ) -> tuple[Config, Model, dict[str, nn.Module]]:
@@ -238,7 +255,7 @@ def load_trained(
         checkpoint: of the run, to be taken instead.
 
     Raises:
-        UserError: the run has neither, or a classifier has nothing to judge in it.
+        UserError: the run has neither, a part was replaced since, or a classifier has nothing to judge in it.
     """
     config = load_config(folder)
     if classifier is not None:
@@ -248,15 +265,17 @@ def load_trained(
     if checkpoint is None and is_finished(folder):
         if config["model"].get("lora") is not None:
             config["model"]["lora"] = None  # what is exported has the additions in its weights
+        _check_parts(folder, config, read_component(component_folder(folder)).card.get("parts", {}))
         model, modules = build_model(config)
         trained, _ = load_component(component_folder(folder), model.kind)
         model.exported.load_state_dict(trained.state_dict())
         return config, model.eval(), modules
-    model, modules = build_model(config)
     checkpoint = checkpoint or newest_valid(folder / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{folder} has no checkpoint yet: train it with python train.py resume={folder}")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    _check_parts(folder, config, state["inputs"]["parts"])
+    model, modules = build_model(config)
     if config["model"].get("lora") is not None:
         begin(config, model)
         model.on_load_checkpoint(state)

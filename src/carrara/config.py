@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def build(node: Mapping[str, Any], /, *args: Any, **arguments: Any) -> Any:
     if "_target_" not in node:
         raise UserError(f"a node without _target_ cannot be built; it has {', '.join(node) or 'nothing'}")
     for inner in config_check.nodes(node):
-        _check_settings(inner, *((args, arguments) if inner is node else ((), {})))
+        _check_node(inner, *((args, arguments) if inner is node else ((), {})))
     config_check.refuse_interpolations(node)
     try:  # Hydra builds the nested nodes; the outermost is called here, since Hydra would copy `arguments`
         outermost = hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})
@@ -163,21 +163,46 @@ def _of_ours(target: str) -> Callable[..., Any]:
     return found
 
 
-def _check_settings(node: Mapping[str, Any], args: Sequence[Any], arguments: Mapping[str, Any]) -> None:
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Every setting of a run is one that its class has, and of the kind that this says.
+
+    Raises:
+        UserError: the setting by its key that is not.
+    """
+    for place, node in config_check.flatten(config):
+        if not (isinstance(node, Mapping) and "_target_" in node):
+            continue
+        for key, wanted in _misfits(node):
+            if wanted is not None:
+                raise UserError(f"{place}.{key} must be {wanted}, not {json.dumps(node[key])}")
+            target, name = node["_target_"], config.get("name")  # the keys of a command line are known by now
+            raise UserError(f"{place}.{key}: {target} has no such setting; model={name} goes with another {place}")
+
+
+def _check_node(node: Mapping[str, Any], args: Sequence[Any], arguments: Mapping[str, Any]) -> None:
     """A node says what its class asks for and `args` and `arguments` do not, and no more: versions differ in that."""
     target = str(node["_target_"])
-    reader = _of_ours(target)
-    parameters = inspect.signature(reader).parameters
+    parameters = inspect.signature(_of_ours(target)).parameters
     known, given = list(parameters), node.keys() | arguments.keys()
-    for key in node:
-        if key not in parameters and not key.startswith("_"):
+    for key, wanted in _misfits(node):
+        if wanted is None:
             raise UserError(f"{target} has no setting {key}{config_check.did_you_mean(key, known)}")
-        built = isinstance(node[key], Mapping) and "_target_" in node[key]
-        if not built and (wanted := config_kind.mismatch(reader, key, node[key])):
-            raise UserError(f"{key} of {target} must be {wanted}, not {json.dumps(node[key])}")
+        raise UserError(f"{key} of {target} must be {wanted}, not {json.dumps(node[key])}")
     lacking = [key for key in known[len(args) :] if parameters[key].default is inspect.Parameter.empty]
     if not node.get("_partial_") and (lacking := [key for key in lacking if key not in given]):
         raise UserError(f"{target} needs the setting {lacking[0]}")
+
+
+def _misfits(node: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
+    """Settings of a node that are none of its class's, with None, or of another kind, with what they must be."""
+    reader = _of_ours(str(node["_target_"]))
+    known = inspect.signature(reader).parameters
+    for key, value in node.items():
+        if key not in known and not key.startswith("_"):
+            yield key, None
+        built = isinstance(value, Mapping) and "_target_" in value
+        if not built and (wanted := config_kind.mismatch(reader, key, value)):
+            yield key, wanted
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -57,6 +57,7 @@ class Part:
         parts: what that training needs itself.
         published: where it is, if it has to be imported.
         node: of the config that names it, by its kind.
+        architecture: the node that a named part is built from.
         doubt: what may be wrong with it, and need not be.
     """
 
@@ -67,6 +68,7 @@ class Part:
     parts: "tuple[Part, ...]" = ()
     published: "Published | None" = None
     node: str = "part"
+    architecture: Config = field(default_factory=dict)
     doubt: str = ""
 
     def is_ready(self) -> bool:
@@ -99,8 +101,8 @@ def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | Non
         if reference == AUTO:
             found.append(_auto_part(conf_dir, composed, kind, data_fingerprint))
         elif reference is not None:
-            part, node = _named(str(reference), kind, Path(config["runs_dir"]), f"{_THERE}, or {AUTO}")
-            check_interface(kind, str(part.folder or reference), node, config)
+            part = _named(str(reference), kind, Path(config["runs_dir"]), f"{_THERE}, or {AUTO}")
+            check_interface(kind, str(part.folder or reference), part.architecture, config)
             found.append(part)
     check_judge({one.kind: one.folder for one in found if one.folder is not None and one.run is None})
     start = start_of(config)
@@ -152,6 +154,11 @@ def with_parts(config: Config, parts: list[Part]) -> Config:
     return config
 
 
+def with_architectures(config: Config, parts: list[Part]) -> Config:
+    """The run's config with its named parts as they are, whatever its own settings of them."""
+    return config | {part.kind: part.architecture for part in parts if part.architecture and part.kind in config}
+
+
 def train_missing(parts: list[Part], train: Callable[[Path], None]) -> None:
     """Trains what is missing, in the order in which it is needed; an unfinished part goes on where it was.
 
@@ -187,26 +194,25 @@ def find_component(reference: str, kind: str, runs_dir: Path) -> Path:
     Raises:
         UserError: there is none, or it is of another kind.
     """
-    part, _ = _named(reference, kind, runs_dir, _THERE)
-    [part] = imported([part], runs_dir)
+    [part] = imported([_named(reference, kind, runs_dir, _THERE)], runs_dir)
     assert part.folder is not None
     return part.folder
 
 
-def _named(reference: str, kind: str, runs_dir: Path, others: str) -> tuple[Part, Config]:
-    """A part with the node that it is built from; nothing is written. `others` may be named instead."""
+def _named(reference: str, kind: str, runs_dir: Path, others: str) -> Part:
+    """A part that is there; nothing is written. `others` may be named instead."""
     folder = _component(reference, runs_dir)
     if folder is not None:
         config = read_component(folder, *kinds_of(kind)).config
         if kind in STAGES and not run_folder.is_run(folder.parent):
             raise UserError(f"part.{kind}={reference} is a component alone; name its run, which samples it")
-        return Part(kind, folder), config
+        return Part(kind, folder, architecture=config)
     published = _published(f"part.{kind}={reference}", reference, kind)
     if published is None:
         raise _missing(f"part.{kind}={reference}", reference, others)
     from carrara.published.importing import node_of
 
-    return Part(kind, None, published=published), node_of(published, kind)
+    return Part(kind, None, published=published, architecture=node_of(published, kind))
 
 
 def _component(reference: str, runs_dir: Path) -> Path | None:

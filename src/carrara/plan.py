@@ -9,7 +9,7 @@ from carrara.architecture import meta_modules, optimizer_bytes
 from carrara.config import Config
 from carrara.data.module import ShardData
 from carrara.errors import UserError
-from carrara.parts import Part, in_order
+from carrara.parts import Part, in_order, with_architectures
 from carrara.precision import choose_precision
 
 _GIB = 2**30
@@ -25,7 +25,7 @@ def describe(config: Config, parts: list[Part], data: ShardData | UserError) -> 
     """
     trainer = config["trainer"]
     devices, nodes, accumulate, batch = (trainer[k] for k in ("devices", "num_nodes", "accumulate", "batch_size"))
-    modules, model = meta_modules(config)
+    modules, model = meta_modules(with_architectures(config, parts))
     lines = [f"{config['name']} on {config['data']['name']}, size {config.get('size')}: the plan, nothing is started"]
     for part in in_order(parts):
         lines.append(_row(part.node, part.kind, _state_of(part)))

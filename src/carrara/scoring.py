@@ -121,7 +121,7 @@ def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[s
         captions = [decode_caption(files[k].with_suffix(".txt").read_bytes()) for k in chunk] if captioned else []
         with where.autocast():
             judge.add_generated(pictures, captions, torch.from_numpy(chunk))
-    real = data.validation.splits["held_out"]
+    real = data.validation.held_out
     for chunk in where.chunks(real, order["batch_size"]):
         batch = data.validation.take(chunk)
         with where.autocast():

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
-from carrara.build import build_model, build_scores, exported_config
+from carrara.build import build_model, build_scores, exported_config, part_hashes
 from carrara.cache_use import usable_cache
 from carrara.callback.checkpoint import Checkpoints, best_score, retention
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, newest_valid
@@ -32,7 +32,6 @@ from carrara.callback.log import JsonLines, Wandb
 from carrara.callback.progress import Progress
 from carrara.callback.stop import Stop
 from carrara.callback.vocabulary import LearnVocabularies
-from carrara.component import read_component
 from carrara.config import Config, build, fingerprint
 from carrara.data.module import ShardData
 from carrara.data.workers import workers_explained
@@ -141,7 +140,12 @@ def _callbacks(
     checkpoints = Checkpoints(
         folder / "checkpoints", settings["checkpoint_minutes"], epoch_steps, keep, batch_size, ema
     )
-    card = {"fingerprint": fingerprint(config), "data": {"name": data.name, "fingerprint": data.fingerprint}}
+    parts = part_hashes(config)
+    card: dict[str, Any] = {
+        "fingerprint": fingerprint(config),
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+        "parts": parts,
+    }
     if "diffusion" in config:
         card["diffusion"] = {key: config["diffusion"][key] for key in ("schedule", "parameterization")}
 
@@ -149,8 +153,6 @@ def _callbacks(
         batches = data.train_loader(batch_size)
         yield from itertools.islice((batch["images"] for batch in batches), -(-_MEASURED_IMAGES // batch_size))
 
-    part = config.get("part") or {}
-    parts = {kind: read_component(Path(part[kind])).card["sha256"] for kind in part if part[kind] is not None}
     return [
         Inputs(data, parts),
         LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS), data.every_caption),

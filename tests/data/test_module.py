@@ -115,6 +115,15 @@ def test_without_a_split_all_is_held_out(shards, tmp_path):
     assert {name: indices.tolist() for name, indices in validation.splits.items()} == {"held_out": [0, 1, 2]}
 
 
+def test_scores_of_held_out_samples_need_some(tmp_path):
+    sizes = {"num_train": 4, "num_val": 0, "num_val_seen": 3}
+    root = write_shapes(tmp_path / "shapes", **sizes)
+    seen = data([], tmp_path, urls=f"{root}/train-*.tar", val_urls=f"{root}/val-*.tar", resolution=32).validation
+    assert list(seen.splits) == ["seen"]
+    with pytest.raises(UserError, match='all 3 samples to validate on are "split": "seen" by their JSON: score on'):
+        seen.held_out.tolist()
+
+
 def test_small_sets_are_kept_in_memory_and_give_the_same(shards, tmp_path):
     small = data(shards, tmp_path, memory_limit=57 * 3 * 64)
     large = data(shards, tmp_path, memory_limit=57 * 3 * 64 - 1, num_workers=1)

@@ -35,7 +35,7 @@ class Likelihood:
         """The scores of a diffusion of pixels."""
         assert isinstance(model, DiffusionModel) and model.autoencoder.is_identity
         means = {name: Mean().to(setting.device) for name in _NAMES}
-        indices = setting.validation.splits["held_out"][: self.num_images]
+        indices = setting.validation.held_out[: self.num_images]
         for chunk in setting.chunks(indices, self.batch_size):
             batch = setting.validation.take(chunk)
             images, positions = batch["images"].to(setting.device), batch["positions"].to(setting.device)

@@ -19,7 +19,8 @@ class LearnVocabularies(Callback):
     def __init__(self, many: Callable[[], Iterable[str]], every: Callable[[], Iterable[str]]):
         self.many, self.every = many, every
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Not in `setup`: here a resumed run has its checkpoint's, and no captions are read again."""
         for module in pl_module.modules():
             if isinstance(module, Vocabulary) and not module.trained:
                 if trainer.is_global_zero:

@@ -14,15 +14,16 @@ from carrara.build import (
     score_makers,
     stages_of,
 )
-from carrara.config import Config, build
-from carrara.parts import STAGES, Part
+from carrara.config import Config, build, check_settings
+from carrara.parts import STAGES, Part, with_architectures
 
 _log = logging.getLogger(__name__)
 
 
 def check_modules(config: Config, needed: list[Part]) -> None:
     """What cannot be built, or does not fit, is told now, not after the parts are trained."""
-    modules, model = meta_modules(config)
+    check_settings(config)
+    modules, model = meta_modules(with_architectures(config, needed))
     check_trained(config, modules)
     if "diffusion" in config:
         doubt = doubtful_start(build_objective(config), build_sampling(config, modules.get("autoencoder")))

@@ -126,6 +126,20 @@ class ValidationSet:
             return {}
         return facts if isinstance(facts, dict) else {}
 
+    @property
+    def held_out(self) -> NDArray[np.int64]:
+        """Of `splits`.
+
+        Raises:
+            UserError: there are none.
+        """
+        if "held_out" not in self.splits:
+            raise UserError(
+                f'all {len(self)} samples to validate on are "split": "seen" by their JSON: score on others '
+                "(data.val_urls)"
+            )
+        return self.splits["held_out"]
+
     @cached_property
     def splits(self) -> dict[str, NDArray[np.int64]]:
         """Indices by the JSON's "split": `seen`, or `held_out`, which is all that does not say so; none is empty."""
