@@ -467,7 +467,8 @@ class Validation:
 
     def __init__(self, count: int, resolution: int = RESOLUTION):
         self.resolution = resolution
-        self.splits = {"held_out": np.arange(0, count, 2), "seen": np.arange(1, count, 2)}
+        self.held_out = np.arange(0, count, 2)
+        self.splits = {"held_out": self.held_out, "seen": np.arange(1, count, 2)}
 
     def take(self, indices: NDArray[np.int64]) -> dict[str, Any]:
         return batch(indices.tolist(), self.resolution)
