@@ -304,7 +304,7 @@ def test_build_names_a_setting_of_another_kind(key, wrong, message):
 
 
 def test_a_run_s_settings_are_named_by_their_keys():
-    run = {"name": "latent_unet", "network": {**UNET, "checkpointing": False}, "callback": {"score": dict(UNET)}}
+    run: dict[str, Any] = {"name": "latent_unet", "network": dict(UNET), "callback": {"score": dict(UNET)}}
     check_settings(run)
     run["callback"]["score"]["heads"] = None
     with pytest.raises(UserError, match=r"^callback\.score\.heads must be a whole number or a list, not null$"):
