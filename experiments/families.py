@@ -31,8 +31,7 @@ FAMILIES = {
     "diffusion": ("latent_unet",),
     "autoregression": ("dalle",),
     "flow": ("latent_flow",),
-    "pixel flow": ("pixel_flow",),
-    "pixel flow, uniform noise": ("pixel_flow", "model.noise_std=null"),  # has bits per dimension
+    "pixel flow": ("pixel_flow", "model.noise_std=null"),  # with uniform noise it has bits per dimension
     "VAE": ("vae",),
     "GAN": ("gan",),
 }
