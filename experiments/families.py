@@ -72,7 +72,7 @@ def pictures(run: Path, count: int = 64) -> tuple[torch.Tensor, float]:
     config, model, modules = load_trained(run)
     pipeline = build_pipeline(config, modules)(model)
     data = build(config["data"])
-    batch = data.validation.take(data.validation.splits["held_out"][:count])
+    batch = data.validation.take(data.validation.held_out[:count])
     pipeline(batch["captions"][:2], [0, 1], 0)  # warm
     start = time.perf_counter()
     made = pipeline(batch["captions"], batch["positions"].tolist(), 0)

@@ -63,7 +63,9 @@ def test_a_part_that_was_replaced_since_is_told(
             next(module.parameters()).add_(0.01)
         save_component(part.folder, kind, part.config, module, card)
     for checkpoint in (None, newest_valid(folder / "checkpoints")):
-        with pytest.raises(UserError, match=r"trained with other weights of part\.autoencoder .* put them back"):
+        with pytest.raises(
+            UserError, match=r"cannot be sampled: part\.autoencoder has other weights than it had .*Put back"
+        ):
             load_trained(folder, checkpoint=checkpoint)
 
 

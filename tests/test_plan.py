@@ -6,6 +6,7 @@ import pytest
 from carrara.command import train
 from carrara.component import save_component
 from carrara.config import build, compose
+from carrara.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
 FULL = ["model=latent_unet", "data=laion", "trainer.devices=8"]
@@ -55,3 +56,18 @@ def test_a_named_part_is_counted_as_it_is(nowhere, capsys):
     train.main(CONF, ["size=demo", "part.autoencoder=wide", "dry_run=true"])
     count = sum(parameter.numel() for parameter in autoencoder.parameters())
     assert f"autoencoder    {count:,} frozen" in capsys.readouterr().out
+
+
+def test_a_named_part_is_checked_as_it_is(nowhere):
+    """It has the latents of the run's own settings, and no tokens."""
+    node = compose(CONF, "train", ["size=demo", "autoencoder.latent_channels=8"]).config["autoencoder"]
+    save_component(Path("kl"), "autoencoder", node, build(node), {"fingerprint": "", "data": {}, "scores": {}})
+    with pytest.raises(UserError, match=r"the auto-encoder has no tokens: take a discrete one"):
+        train.main(CONF, ["size=demo", "model=dalle", "part.autoencoder=kl"])
+    assert not Path("data").exists()  # it is told before anything is made
+
+
+def test_a_setting_of_the_wrong_kind_is_named_by_its_key(nowhere):
+    with pytest.raises(UserError, match=r"^callback\.score\.num_images must be a whole number, not null$"):
+        train.main(CONF, ["callback.score.num_images=null"])
+    assert not Path("data").exists()

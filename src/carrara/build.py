@@ -12,6 +12,7 @@ from torch import nn
 from carrara.autoencoder.base import Autoencoder
 from carrara.callback.checkpoint_file import newest_valid
 from carrara.callback.ema import trainable
+from carrara.callback.inputs import change_of_parts
 from carrara.callback.score import Score
 from carrara.component import CONDITIONED, load_component, read_component
 from carrara.config import Config, build
@@ -236,13 +237,11 @@ def part_hashes(config: Config) -> dict[str, str]:
 
 
 def _check_parts(folder: Path, config: Config, then: Mapping[str, str]) -> None:
-    """What a run samples with are the parts that it was trained with; its judges are named beside their scores."""
-    for name, now in part_hashes(config).items():
-        if name not in _JUDGES and now != then.get(name, now):
-            raise UserError(
-                f"{folder} was trained with other weights of part.{name} (SHA-256 {then[name][:12]}…) than are in "
-                f"{config['part'][name]} now ({now[:12]}…): put them back, or train it anew"
-            )
+    """What a run samples with is what it was trained with; its judges are named beside their scores."""
+    before, now = ({k: v for k, v in one.items() if k not in _JUDGES} for one in (then, part_hashes(config)))
+    change = change_of_parts(before, now)
+    if change:
+        raise UserError(f"{folder} cannot be sampled: {change}. Put back what it was trained with, or train it anew")
 
 
 def load_trained(
@@ -265,7 +264,9 @@ def load_trained(
     if checkpoint is None and is_finished(folder):
         if config["model"].get("lora") is not None:
             config["model"]["lora"] = None  # what is exported has the additions in its weights
-        _check_parts(folder, config, read_component(component_folder(folder)).card.get("parts", {}))
+        card = read_component(component_folder(folder)).card
+        if "parts" in card:  # those of an earlier version do not say
+            _check_parts(folder, config, card["parts"])
         model, modules = build_model(config)
         trained, _ = load_component(component_folder(folder), model.kind)
         model.exported.load_state_dict(trained.state_dict())

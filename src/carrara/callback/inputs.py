@@ -56,12 +56,20 @@ def _shards(manifest: Manifest) -> Shards:
     return [[shard.name, shard.digest] for shard in manifest.shards]
 
 
-def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What is not as it was; nothing if all is."""
-    for kind in sorted(before["parts"].keys() | now["parts"].keys()):
-        then, here = before["parts"].get(kind, "none"), now["parts"].get(kind, "none")
+def change_of_parts(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which part has other weights than it had, by their SHA-256; nothing if all are as they were."""
+    for kind in sorted(before.keys() | now.keys()):
+        then, here = before.get(kind, "none"), now.get(kind, "none")
         if then != here:
             return f"part.{kind} has other weights than it had (SHA-256 {here[:12]}…, then {then[:12]}…)"
+    return ""
+
+
+def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is not as it was; nothing if all is."""
+    change = change_of_parts(before["parts"], now["parts"])
+    if change:
+        return change
     for key in now["shards"]:
         change = _change_of_shards(before["shards"][key], now["shards"][key])
         if change:
