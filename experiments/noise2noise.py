@@ -7,13 +7,13 @@ clean shards. More arguments go to every training: `trainer.max_steps=2`, say, o
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from carrara.run_folder import load_config
 from experiments.tools import ROOT, RUNS, last_scores, spread, table, trained
 
-EXPERIMENTS = {"gaussian": "noise2noise", "text": "noise2noise_text"}  # by corruption
+EXPERIMENTS = {"gaussian": ["experiment=noise2noise"], "text": ["experiment=noise2noise_text"]}  # by corruption
 TARGETS, SEEDS = ("clean", "noisy", "self"), (0,)
 COLUMNS = ("fd_evaluator", "clip_score", "prompt_accuracy/all")
 NAME = "noise2noise"
@@ -27,29 +27,39 @@ def written(do: str, label: str, overrides: Sequence[str]) -> Path:
     return out
 
 
-def restorations(more: Sequence[str]) -> dict[str, Path]:
-    """Prints what every target comes to; the runs with noisy targets and the first seed, by corruption."""
+def restorations(
+    name: str,
+    experiments: Mapping[str, Sequence[str]],
+    targets: Sequence[str],
+    seeds: Sequence[int],
+    more: Sequence[str],
+) -> dict[tuple[str, str], Path]:
+    """Prints what every target comes to, and how much less than the first one with the same seed, as mean ± standard
+    deviation of the seeds; the runs of the first seed by corruption and target."""
     rows, found = [], {}
-    for corruption, experiment in EXPERIMENTS.items():
-        for target in TARGETS:
+    for corruption, overrides in experiments.items():
+        scores: dict[str, list[dict[str, float]]] = {}
+        for target in targets:
             runs = [
                 trained(
-                    NAME,
+                    name,
                     f"{corruption}-{target}-{seed}",
-                    [f"experiment={experiment}", f"model.target={target}", f"seed={seed}", *more],
+                    [*overrides, f"model.target={target}", f"seed={seed}", *more],
                 )
-                for seed in SEEDS
+                for seed in seeds
             ]
-            scores = [last_scores(run) for run in runs]
-            columns = [spread([one[f"val/{name}"] for one in scores], 2) for name in ("noisy_psnr", "psnr")]
-            rows.append([corruption, target, *columns])
-            if target == "noisy":
-                found[corruption] = runs[0]
-    print(table(["corruption", "target", "PSNR, noisy", "PSNR, restored"], rows), end="\n\n", flush=True)
+            found[corruption, target] = runs[0]
+            scores[target] = [last_scores(run) for run in runs]
+            psnr, best = ([one["val/psnr"] for one in scores[one_target]] for one_target in (target, targets[0]))
+            less = [a - b for a, b in zip(best, psnr, strict=True)]
+            noisy = [one["val/noisy_psnr"] for one in scores[target]]
+            rows.append([corruption, target, spread(noisy, 2), spread(psnr, 2), spread(less, 3)])
+    header = ["corruption", "target", "PSNR, noisy", "PSNR, restored", f"less than {targets[0]}"]
+    print(table(header, rows), end="\n\n", flush=True)
     return found
 
 
-def diffusion(restoration: dict[str, Path], more: Sequence[str]) -> None:
+def diffusion(restoration: Mapping[tuple[str, str], Path], more: Sequence[str]) -> None:
     """Prints scores of diffusion models by the shards they were trained on; all are judged on clean pictures."""
     shapes = ["model=latent_unet", "callback.score.num_images=512", "seed=0", *more]
     clean = trained(NAME, "diffusion-clean", shapes)
@@ -61,7 +71,7 @@ def diffusion(restoration: dict[str, Path], more: Sequence[str]) -> None:
         urls = f"data.urls={noisy}/*.tar"
         kinds = {
             "restored": written(
-                "restore", f"{corruption}-restored", [urls, f"part.restoration={restoration[corruption]}"]
+                "restore", f"{corruption}-restored", [urls, f"part.restoration={restoration[corruption, 'noisy']}"]
             ),
             "noisy": noisy,
         }
@@ -79,7 +89,7 @@ def _row(run: Path) -> list[str]:
 
 
 def main(more: Sequence[str]) -> None:
-    diffusion(restorations(more), more)
+    diffusion(restorations(NAME, EXPERIMENTS, TARGETS, SEEDS, more), more)
 
 
 if __name__ == "__main__":
