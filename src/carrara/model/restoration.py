@@ -27,7 +27,7 @@ class RestorationModel(Model):
     cut off at black and white, which would move their mean.
 
     Args:
-        network: network(x, time, conditioning) -> like x, at time 0.
+        network: network(x, time, conditioning) -> like x, at time 0: what is to be added to the picture x.
         conditioner: of the empty caption.
         corruption: what makes the noisy versions.
         target: `noisy`: the other version. `clean`: the picture itself. `self`: the shown version itself at masked
@@ -91,9 +91,13 @@ class RestorationModel(Model):
 
 
 def restored(part: Conditioned, noisy: Tensor) -> Tensor:
-    """What a trained part makes of noisy pictures (B, 3, H, W) in [−1, 1]: as many, float32."""
+    """What a trained part makes of noisy pictures (B, 3, H, W) in [−1, 1]: as many, float32.
+
+    The network says what to add to them (Zhang et al. 2017, "Beyond a Gaussian denoiser", section 3.2): most of a noisy
+    picture is right, and a network that draws all of it anew takes several times as many steps to be as good.
+    """
     time = torch.zeros(len(noisy), device=noisy.device)
-    return part.network(noisy, time, part.conditioner([""] * len(noisy))).float()
+    return noisy + part.network(noisy, time, part.conditioner([""] * len(noisy))).float()
 
 
 def masked_pixels(u: Tensor, height: int, width: int) -> Tensor:
