@@ -18,10 +18,7 @@ from webdataset import TarWriter
 from experiments.noise2noise import restorations
 
 NAME = "noise2noise_photographs"
-EXPERIMENTS = {
-    "gaussian": [f"experiment={NAME}"],
-    "text": [f"experiment={NAME}", "corruption=text", "trainer.max_steps=1500"],
-}
+EXPERIMENTS = {"gaussian": [f"experiment={NAME}"], "text": [f"experiment={NAME}", "corruption=text"]}
 TARGETS, SEEDS = ("clean", "noisy"), (0, 1, 2)
 OUT, SIDE, SHARD_SIZE = Path("data/photographs"), 64, 1000
 

@@ -39,6 +39,6 @@ def test_photographs_are_cut_into_tiles_around_their_centre_and_val_is_held_out(
 
 def test_without_held_out_photographs_nothing_is_written(tmp_path):
     photograph(tmp_path / "in/train/a.png", SIDE, SIDE)
-    with pytest.raises(SystemExit, match="no photographs .* for val"):
+    with pytest.raises(SystemExit, match=r"no photographs .* for val"):
         write_tiles(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -18,18 +18,18 @@ from tests.tiny import awake, batch, restoration_model, unet
 
 
 class Linear(nn.Module):
-    """The same linear map of the three channels at every pixel."""
+    """Makes of the three channels the same linear map at every pixel."""
 
     def __init__(self) -> None:
         super().__init__()
         self.map = nn.Conv2d(3, 3, 1)
 
     def forward(self, x: Tensor, time: Tensor, conditioning: object) -> Tensor:
-        return self.map(x)
+        return self.map(x) - x  # what is to be added
 
 
 class Constant(nn.Module):
-    """One value for every pixel, whatever is shown; what was shown is kept."""
+    """Makes one value of every pixel, whatever is shown; what was shown is kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Constant(nn.Module):
     def forward(self, x: Tensor, time: Tensor, conditioning: object) -> Tensor:
         assert not time.any()
         self.shown = x.detach().clone()
-        return torch.zeros_like(x) + self.value
+        return self.value - x
 
 
 def pictures(values: Tensor) -> dict[str, Any]:
@@ -100,6 +100,17 @@ def test_the_best_constant_is_the_clean_value(corruption, target, value):
         network.value.fill_(candidate)
         losses.append(model.loss(one)["loss"])
     assert torch.stack(losses).argmin() == value
+
+
+@torch.no_grad()
+def test_the_networks_answer_is_added_to_what_is_shown():
+    model, noisy = restoration_model(), torch.randn(2, 3, 8, 8)
+    assert torch.equal(restored(model.restoration, noisy), noisy)  # of a network that begins as zero
+    awake(model)
+    one = model.restoration.conditioner(["", ""])
+    answer = model.restoration.network(noisy, torch.zeros(2), one)
+    assert answer.abs().mean() > 0.01
+    assert torch.equal(restored(model.restoration, noisy), noisy + answer)
 
 
 @torch.no_grad()
