@@ -1,5 +1,6 @@
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -7,10 +8,26 @@ from torch import Tensor, nn
 
 from carrara.callback.likelihood import Likelihood
 from carrara.callback.score import Setting
+from carrara.data.validation import ValidationSet
+from carrara.errors import UserError
 from carrara.model.diffusion import DiffusionModel
 from tests.tiny import awake, diffusion_model, epsilon_objective, setting
 
 STD = 0.25
+
+
+class SeenAlone:
+    """Stands for a `ValidationSet` that `held_out` refuses."""
+
+    @property
+    def held_out(self) -> None:
+        raise UserError("all 4 samples to validate on are seen")
+
+
+def test_seen_pictures_are_not_what_is_held_out():
+    one = replace(setting(), validation=cast(ValidationSet, SeenAlone()))
+    with pytest.raises(UserError, match="all 4 samples"):
+        Likelihood(num_steps=2, seed=0, num_images=4, batch_size=2)(model(), one)
 
 
 class Independent(nn.Module):
