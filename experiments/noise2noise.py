@@ -7,7 +7,7 @@ clean shards. More arguments go to every training: `trainer.max_steps=2`, say, o
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from carrara.run_folder import load_config
@@ -33,12 +33,16 @@ def restorations(
     targets: Sequence[str],
     seeds: Sequence[int],
     more: Sequence[str],
+    psnr: Callable[[Path], tuple[float, float]],
 ) -> dict[tuple[str, str], Path]:
     """Prints what every target comes to, and how much less than the first one with the same seed, as mean ± standard
-    deviation of the seeds; the runs of the first seed by corruption and target."""
+    deviation of the seeds; the runs of the first seed by corruption and target.
+
+    `psnr` says that of a run's noisy pictures and of what it makes of them.
+    """
     rows, found = [], {}
     for corruption, overrides in experiments.items():
-        scores: dict[str, list[dict[str, float]]] = {}
+        best: tuple[float, ...] = ()
         for target in targets:
             runs = [
                 trained(
@@ -49,14 +53,19 @@ def restorations(
                 for seed in seeds
             ]
             found[corruption, target] = runs[0]
-            scores[target] = [last_scores(run) for run in runs]
-            psnr, best = ([one["val/psnr"] for one in scores[one_target]] for one_target in (target, targets[0]))
-            less = [a - b for a, b in zip(best, psnr, strict=True)]
-            noisy = [one["val/noisy_psnr"] for one in scores[target]]
-            rows.append([corruption, target, spread(noisy, 2), spread(psnr, 2), spread(less, 3)])
+            noisy, restored = zip(*map(psnr, runs), strict=True)
+            best = best or restored
+            less = [a - b for a, b in zip(best, restored, strict=True)]
+            rows.append([corruption, target, spread(noisy, 2), spread(restored, 2), spread(less, 3)])
     header = ["corruption", "target", "PSNR, noisy", "PSNR, restored", f"less than {targets[0]}"]
     print(table(header, rows), end="\n\n", flush=True)
     return found
+
+
+def of_pictures(run: Path) -> tuple[float, float]:
+    """The run's own scores."""
+    scores = last_scores(run)
+    return scores["val/noisy_psnr"], scores["val/psnr"]
 
 
 def diffusion(restoration: Mapping[tuple[str, str], Path], more: Sequence[str]) -> None:
@@ -89,7 +98,7 @@ def _row(run: Path) -> list[str]:
 
 
 def main(more: Sequence[str]) -> None:
-    diffusion(restorations(NAME, EXPERIMENTS, TARGETS, SEEDS, more), more)
+    diffusion(restorations(NAME, EXPERIMENTS, TARGETS, SEEDS, more, of_pictures), more)
 
 
 if __name__ == "__main__":

@@ -2,25 +2,36 @@
 
 `python -m experiments.noise2noise_photographs FOLDER` takes the photographs in FOLDER/val, which are held out, and in
 all other folders of FOLDER, which are learnt from: of BSDS500 (Arbelaez et al. 2011) its `BSDS500/data/images`. It
-cuts them into tiles once, in data/photographs, and prints PSNR of restored tiles by what they were learned from. More
-arguments go to every training.
+cuts them into tiles once, in data/photographs, and prints PSNR of restored photographs by what they were learned from:
+of each, over all of its tiles, and the mean of these. More arguments go to every training.
 """
 
 import io
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from webdataset import TarWriter
 
+from carrara.build import load_trained
+from carrara.config import build
+from carrara.corruption.base import as_stored
+from carrara.data.validation import ValidationSet
+from carrara.metric.psnr import psnr
+from carrara.model.restoration import RestorationModel, restored
+from carrara.precision import default_device
 from experiments.noise2noise import restorations
+from experiments.tools import last_scores
 
 NAME = "noise2noise_photographs"
 EXPERIMENTS = {"gaussian": [f"experiment={NAME}"], "text": [f"experiment={NAME}", "corruption=text"]}
 TARGETS, SEEDS = ("clean", "noisy"), (0, 1, 2)
-OUT, SIDE, SHARD_SIZE = Path("data/photographs"), 64, 1000
+OUT, SIDE, SHARD_SIZE, BATCH = Path("data/photographs"), 64, 1000, 64
 
 
 def tiles(photograph: Path) -> Iterator[tuple[str, bytes]]:
@@ -59,11 +70,43 @@ def write_tiles(folder: Path, out: Path) -> None:
     partial.rename(out)
 
 
+@torch.no_grad()
+def photographs_psnr(model: RestorationModel, validation: ValidationSet) -> tuple[float, float]:
+    """Of noisy and of restored photographs, whose tiles are all there is to validate on; means in dB.
+
+    A photograph's is of the mean squared error of its tiles: the mean of the tiles' own would count flat ones more.
+    """
+    errors: dict[str, list[Tensor]] = {}  # of a photograph's tiles, (noisy, restored)
+    for indices in np.array_split(np.arange(len(validation)), -(-len(validation) // BATCH)):
+        batch = validation.take(indices)
+        clean = batch["images"].to(model.device)
+        noisy = as_stored(model.corruption(model.images({"images": clean}), batch["keys"], 0))
+        both = torch.stack([psnr(noisy, clean), psnr(restored(model.restoration, noisy), clean)], dim=1)
+        for key, error in zip(batch["keys"], 10 ** (-both / 10), strict=True):
+            errors.setdefault(key.rpartition("/")[2].rpartition("-")[0], []).append(error)
+    means = torch.stack([torch.stack(of_tiles).mean(0) for of_tiles in errors.values()])
+    noisy_psnr, restored_psnr = (-10 * means.log10()).mean(0).tolist()
+    return noisy_psnr, restored_psnr
+
+
+def of_photographs(run: Path) -> tuple[float, float]:
+    """The same of a run, computed once."""
+    kept = run / "experiment" / "photographs"
+    if not (kept / "scores.json").is_file():
+        config, model, _ = load_trained(run)
+        assert isinstance(model, RestorationModel)
+        noisy, made = photographs_psnr(model.to(default_device()), build(config["data"]).validation)
+        kept.mkdir(parents=True)
+        (kept / "scores.json").write_text(json.dumps({"scores": {"noisy": noisy, "restored": made}}))
+    scores = last_scores(kept)
+    return scores["noisy"], scores["restored"]
+
+
 def main(arguments: Sequence[str]) -> None:
     if not arguments or not Path(arguments[0]).is_dir():
         sys.exit("python -m experiments.noise2noise_photographs FOLDER: a folder with folders of photographs")
     write_tiles(Path(arguments[0]), OUT)
-    restorations(NAME, EXPERIMENTS, TARGETS, SEEDS, arguments[1:])
+    restorations(NAME, EXPERIMENTS, TARGETS, SEEDS, arguments[1:], of_photographs)
 
 
 if __name__ == "__main__":

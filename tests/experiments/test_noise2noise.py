@@ -21,7 +21,12 @@ def test_targets_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(noise2noise, "trained", trained)
     found = noise2noise.restorations(
-        "it", {"gaussian": ["experiment=it"]}, ("clean", "noisy"), (0, 1), ["trainer.max_steps=2"]
+        "it",
+        {"gaussian": ["experiment=it"]},
+        ("clean", "noisy"),
+        (0, 1),
+        ["trainer.max_steps=2"],
+        noise2noise.of_pictures,
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "| gaussian | clean | 20.00 ± 0.00 | 31.00 ± 1.41 | 0.000 ± 0.000 |"

@@ -1,14 +1,22 @@
 """The photographs that Noise2Noise is measured on."""
 
 import io
+import math
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from experiments.noise2noise_photographs import SIDE, write_tiles
+from carrara.corruption.base import Corruption
+from carrara.data.validation import ValidationSet
+from experiments import noise2noise_photographs
+from experiments.noise2noise_photographs import SIDE, photographs_psnr, write_tiles
+from tests import tiny
 
 
 def photograph(path: Path, height: int, width: int) -> np.ndarray:
@@ -35,6 +43,43 @@ def test_photographs_are_cut_into_tiles_around_their_centre_and_val_is_held_out(
     assert sorted(train) == ["a-0.png", "a-1.png", "b-0.png"]
     assert sorted(val) == ["c-0.png", "c-1.png"]
     assert np.array_equal(np.concatenate([train["a-0.png"], train["a-1.png"]]), pixels[5 : 5 + 2 * SIDE, 2 : 2 + SIDE])
+
+
+class Tiles:
+    """Stands for a `ValidationSet` of two photographs of three tiles each, of grey that noise does not cut off."""
+
+    images = torch.full((6, 3, 8, 8), 128, dtype=torch.uint8)
+    keys = (
+        "val-000000.tar/a-b-0",
+        "val-000000.tar/a-b-1",
+        "val-000001.tar/a-b-2",
+        *(f"val-000001.tar/c-{k}" for k in range(3)),
+    )
+
+    def __len__(self) -> int:
+        return 6
+
+    def take(self, indices: np.ndarray) -> dict[str, Any]:
+        return {"images": self.images[indices], "keys": [self.keys[k] for k in indices]}
+
+
+class Louder(Corruption):
+    """Each tile is off by two levels more than the one before."""
+
+    def __call__(self, images: torch.Tensor, keys: Sequence[str], version: int) -> torch.Tensor:
+        first = 2 * (1 + Tiles.keys.index(keys[0]))
+        return images + torch.arange(first, first + 2 * len(images), 2)[:, None, None, None] / 127.5
+
+
+@pytest.mark.parametrize("size", [2, 6])
+def test_a_photograph_has_the_error_of_all_its_tiles(size, monkeypatch):
+    monkeypatch.setattr(noise2noise_photographs, "BATCH", size)
+    model = tiny.restoration_model(corruption=Louder(0)).eval()
+    noisy, made = photographs_psnr(model, cast(ValidationSet, Tiles()))
+    errors = (4 + 16 + 36) / 3, (64 + 100 + 144) / 3
+    assert noisy == made == pytest.approx(sum(10 * math.log10(255**2 / error) for error in errors) / 2)
+    tiny.awake(model)
+    assert photographs_psnr(model, cast(ValidationSet, Tiles()))[1] != pytest.approx(noisy, abs=0.01)
 
 
 def test_without_held_out_photographs_nothing_is_written(tmp_path):
