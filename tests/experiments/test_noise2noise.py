@@ -23,7 +23,7 @@ def test_targets_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
     found = noise2noise.restorations(
         "it",
         {"gaussian": ["experiment=it"]},
-        ("clean", "noisy"),
+        {"clean": [], "noisy": []},
         (0, 1),
         ["trainer.max_steps=2"],
         noise2noise.of_pictures,

@@ -27,13 +27,14 @@ class RestorationModel(Model):
     cut off at black and white, which would move their mean.
 
     Args:
-        network: network(x, time, conditioning) -> like x, at time 0: what is to be added to the picture x.
+        network: network(x, time, conditioning) -> like x, at time 0.
         conditioner: of the empty caption.
         corruption: what makes the noisy versions.
         target: `noisy`: the other version. `clean`: the picture itself. `self`: the shown version itself at masked
             pixels, which the network does not see. It needs noise that is independent from pixel to pixel: of text,
             whose letters tell their own pixels, much stays (Batson & Royer 2019, "Noise2Self", section 3; Krull et al.
-            2019, "Noise2Void").
+            2019, "Noise2Void"). Its network must draw pixels anew: one that adds to them (`residual`) would be trained
+            where they are filled in, and then keep their noise.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -54,6 +55,10 @@ class RestorationModel(Model):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         if target not in get_args(Target):
             raise ValueError(f"model.target={target} is not known; it is {', '.join(get_args(Target))}")
+        if target == "self" and getattr(network, "residual", False):
+            raise ValueError(
+                "model.target=self: a network that adds to a pixel keeps its noise: network.residual=false"
+            )
         self.restoration = Conditioned(network, conditioner)
         self.corruption = corruption
         self.target = target
@@ -91,13 +96,9 @@ class RestorationModel(Model):
 
 
 def restored(part: Conditioned, noisy: Tensor) -> Tensor:
-    """What a trained part makes of noisy pictures (B, 3, H, W) in [−1, 1]: as many, float32.
-
-    The network says what to add to them (Zhang et al. 2017, "Beyond a Gaussian denoiser", section 3.2): most of a noisy
-    picture is right, and a network that draws all of it anew takes several times as many steps to be as good.
-    """
+    """What a trained part makes of noisy pictures (B, 3, H, W) in [−1, 1]: as many, float32."""
     time = torch.zeros(len(noisy), device=noisy.device)
-    return noisy + part.network(noisy, time, part.conditioner([""] * len(noisy))).float()
+    return part.network(noisy, time, part.conditioner([""] * len(noisy))).float()
 
 
 def masked_pixels(u: Tensor, height: int, width: int) -> Tensor:
