@@ -8,6 +8,7 @@ of each, over all of its tiles, and the mean of these. More arguments go to ever
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,17 +52,21 @@ def tiles(photograph: Path) -> Iterator[tuple[str, bytes]]:
 def write_tiles(folder: Path, out: Path) -> None:
     """Shards `train-*.tar` and `val-*.tar` in `out`, unless it is there; it appears complete or not at all."""
     if out.exists():
+        print(f"the tiles in {out} are taken; remove it to cut others")
         return
-    found = [path for path in sorted(folder.glob("*/*")) if path.suffix in (".jpg", ".png")]
+    found = [path for path in sorted(folder.glob("*/*")) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
     splits = {
         "train": [path for path in found if path.parent.name != "val"],
         "val": [path for path in found if path.parent.name == "val"],
     }
     for name, paths in splits.items():
         if not paths:
-            sys.exit(f"error: {folder} has no photographs (.jpg, .png) for {name}: they lie in train, test and val")
+            sys.exit(
+                f"error: {folder} has no photographs (.jpg, .jpeg, .png) for {name}: they lie in train, test and val"
+            )
     partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    partial.mkdir(parents=True)
     for name, paths in splits.items():
         all_tiles = [tile for path in paths for tile in tiles(path)]
         for shard, start in enumerate(range(0, len(all_tiles), SHARD_SIZE)):
@@ -105,7 +110,7 @@ def of_photographs(run: Path) -> tuple[float, float]:
 
 def main(arguments: Sequence[str]) -> None:
     if not arguments or not Path(arguments[0]).is_dir():
-        sys.exit("python -m experiments.noise2noise_photographs FOLDER: a folder with folders of photographs")
+        sys.exit(f"error: python -m experiments.{NAME} FOLDER: a folder with folders of photographs")
     write_tiles(Path(arguments[0]), OUT)
     restorations(NAME, EXPERIMENTS, TARGETS, SEEDS, arguments[1:], of_photographs)
 
