@@ -45,6 +45,21 @@ def test_photographs_are_cut_into_tiles_around_their_centre_and_val_is_held_out(
     assert np.array_equal(np.concatenate([train["a-0.png"], train["a-1.png"]]), pixels[5 : 5 + 2 * SIDE, 2 : 2 + SIDE])
 
 
+def test_what_a_killed_process_left_is_no_part_and_what_is_there_is_kept(tmp_path, capsys):
+    photograph(tmp_path / "in/train/a.jpeg", SIDE, SIDE)
+    photograph(tmp_path / "in/val/b.JPG", SIDE, SIDE)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/train-000007.tar").touch()
+    write_tiles(tmp_path / "in", tmp_path / "out")
+    assert capsys.readouterr().out == ""
+    names = ["train-000000.tar", "val-000000.tar"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    photograph(tmp_path / "in/val/c.png", SIDE, SIDE)
+    write_tiles(tmp_path / "in", tmp_path / "out")
+    assert "are taken" in capsys.readouterr().out
+    assert sorted(written(tmp_path / "out/val-000000.tar")) == ["b-0.png"]
+
+
 class Tiles:
     """Stands for a `ValidationSet` of two photographs of three tiles each, of grey that noise does not cut off."""
 

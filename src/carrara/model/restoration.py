@@ -57,7 +57,7 @@ class RestorationModel(Model):
             raise ValueError(f"model.target={target} is not known; it is {', '.join(get_args(Target))}")
         if target == "self" and getattr(network, "residual", False):
             raise ValueError(
-                "model.target=self: a network that adds to a pixel keeps its noise: network.residual=false"
+                "model.target=self goes with network.residual=false: what is added to a pixel leaves its noise in it"
             )
         self.restoration = Conditioned(network, conditioner)
         self.corruption = corruption
