@@ -24,11 +24,11 @@ def pictures(split: Any, count: int) -> tuple[torch.Tensor, list[str]]:
     ]
 
 
-def train(corruption: Corruption, target: Any) -> RestorationModel:
+def train(corruption: Corruption, target: Any, residual: bool = False) -> RestorationModel:
     torch.manual_seed(0)
     images, keys = pictures("train", TRAIN)
     model = tiny.restoration_model(
-        network=tiny.unet(channels=[32, 64], attention=[False, True], learned_positions=False),
+        network=tiny.unet(channels=[32, 64], attention=[False, True], learned_positions=False, residual=residual),
         corruption=corruption,
         target=target,
         optimizer=partial(tiny.Muon, lr=4e-3, momentum=0.95, betas=(0.9, 0.98), weight_decay=0.0),
@@ -80,3 +80,15 @@ def test_noisy_targets_teach_nearly_as_much_as_clean_ones(corruption: Corruption
     assert clean > shown + 5
     assert noisy > clean - 0.8
     assert noisy > blind + 1
+
+
+@pytest.mark.parametrize("corruption", [Gaussian(0.4, 0), Text(0.25, 0)], ids=["gaussian", "text"])
+def test_a_network_that_adds_to_the_picture_restores_it_too(corruption: Corruption) -> None:
+    shown, noisy = psnr(train(corruption, "noisy", residual=True))
+    assert noisy > shown + 5
+
+
+def test_under_text_it_learns_sooner() -> None:
+    """Most pixels are right as they are."""
+    text = Text(0.25, 0)
+    assert psnr(train(text, "clean", residual=True))[1] > psnr(train(text, "clean"))[1] + 1
