@@ -30,7 +30,10 @@ from experiments.noise2noise import restorations
 from experiments.tools import last_scores
 
 NAME = "noise2noise_photographs"
-EXPERIMENTS = {"gaussian": [f"experiment={NAME}"], "text": [f"experiment={NAME}", "corruption=text"]}
+EXPERIMENTS = {
+    "gaussian": [f"experiment={NAME}"],
+    "text": [f"experiment={NAME}", "corruption=text", "size.restoration.learning_rate=1.0e-2"],
+}
 TARGETS: dict[str, list[str]] = {"clean": [], "noisy": []}
 SEEDS = (0, 1, 2)
 OUT, SIDE, SHARD_SIZE, BATCH = Path("data/photographs"), 64, 1000, 64
