@@ -1,19 +1,22 @@
 """Text over pictures."""
 
-import hashlib
 import math
-import string
+from dataclasses import dataclass
 from functools import cache
+from string import ascii_letters, digits
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from carrara import keyed_random
 from carrara.corruption.base import Corruption, check_range
 
-_LETTERS = string.ascii_letters + string.digits
+_LETTERS = ascii_letters + digits
+_SHORTEST, _LONGEST = 2, 8  # letters of a string
+_MORE = 16  # strings that are drawn at a time, until every picture has enough
+_NEVER = 1 << 40  # a string's number, of pixels that none covers
 
 
 class Text(Corruption):
@@ -35,44 +38,103 @@ class Text(Corruption):
         self.share = share
 
     def corrupt(self, images: Tensor, positions: Tensor, purpose: str) -> Tensor:
-        drawn = [self._overlay(position, purpose, *images.shape[2:]) for position in positions.tolist()]
-        colors, covered = (torch.from_numpy(np.stack(arrays)).to(images.device) for arrays in zip(*drawn, strict=True))
-        return torch.where(covered[:, None], colors.permute(0, 3, 1, 2).to(images.dtype) / 127.5 - 1, images)
+        batch, _, height, width = images.shape
+        places, side = height * width, min(height, width)
+        alphabet = _alphabet(max(8, side // 16), max(12, side // 6), images.device)
+        first = torch.full((batch, places), _NEVER, device=images.device)  # the string that covers a pixel first
+        strings: list[Tensor] = []
+        pixels: list[Tensor] = []
+        colors: list[Tensor] = []
+        while not strings or bool(((first < _NEVER).sum(1) < self.share * places).any()):
+            u = keyed_random.uniform(self.seed, positions, f"{purpose}/{len(strings)}", (_MORE, _LONGEST + 7))
+            string, pixel = _written(alphabet, u, height, width)
+            strings.append(string + _MORE * len(strings))
+            pixels.append(pixel)
+            colors.append(_whole(u[..., -3:], 256))
+            first.view(-1).scatter_reduce_(0, pixel, strings[-1], "amin")
+        string, pixel, color = torch.cat(strings), torch.cat(pixels), torch.cat(colors, 1)
 
-    def _overlay(
-        self, position: int, purpose: str, height: int, width: int
-    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Colours (H, W, 3), and where they cover the picture (H, W)."""
-        key = hashlib.sha256(f"{self.seed}/{position}/{purpose}".encode()).digest()
-        random = np.random.default_rng(list(key))
-        colors, covered = np.zeros((height, width, 3), dtype=np.uint8), np.zeros((height, width), dtype=np.bool_)
-        side = min(height, width)
-        while np.count_nonzero(covered) < self.share * covered.size:
-            glyphs = _glyphs(int(random.integers(max(8, side // 16), max(12, side // 6) + 1)))
-            letters = random.integers(0, len(glyphs), size=random.integers(2, 9)).tolist()
-            word = np.concatenate([glyphs[letter] for letter in letters], axis=1)
-            top, left = (int(random.integers(1 - k, n)) for k, n in zip(word.shape, (height, width), strict=True))
-            word = word[max(0, -top) : height - top, max(0, -left) : width - left]
-            top, left = max(0, top), max(0, left)
-            place = slice(top, top + word.shape[0]), slice(left, left + word.shape[1])
-            covered[place] |= word
-            colors[place][word] = random.integers(0, 256, size=3)
-        return colors, covered
+        added = torch.zeros(batch, color.shape[1] + 1, dtype=torch.long, device=images.device)  # pixels, by each string
+        added.scatter_add_(1, first.clamp_max(color.shape[1]), torch.ones_like(first))
+        last = (added.cumsum(1) >= self.share * places).int().argmax(1)
+        shown = string <= last[pixel // places]
+        top = torch.full((batch * places,), -1, device=images.device)  # of strings on one another the last is seen
+        top = top.scatter_reduce_(0, pixel[shown], string[shown], "amax").view(batch, 1, places)
+        levels = color.mT.gather(2, top.clamp_min(0).expand(-1, 3, -1))
+        return torch.where(top >= 0, levels.to(images.dtype) / 127.5 - 1, images.flatten(2)).view_as(images)
+
+
+def _whole(u: Tensor, count: int | Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) as whole ones from 0 to count − 1."""
+    return (u * count).long()
+
+
+@dataclass
+class _Alphabet:
+    """The letters of Pillow's own font in some sizes: glyph g = size's number · letters + letter.
+
+    Attributes:
+        rows, columns: of every pixel that is ink, glyph after glyph, int64.
+        start, count: (glyphs,) where a glyph's pixels begin, and their number.
+        width: (glyphs,) in pixels.
+        height: (sizes,) of a line.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    start: Tensor
+    count: Tensor
+    width: Tensor
+    height: Tensor
+
+
+def _written(alphabet: _Alphabet, u: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Strings as pixels: of each, the string's number in its picture, and the place among all pixels of the batch.
+
+    Args:
+        u: (B, strings, letters + 4 and more) uniform numbers: the letters', the size, the length and the place.
+    """
+    batch, strings, _ = u.shape
+    size = _whole(u[..., _LONGEST], len(alphabet.height))
+    length = _SHORTEST + _whole(u[..., _LONGEST + 1], _LONGEST - _SHORTEST + 1)
+    glyph = size[..., None] * len(_LETTERS) + _whole(u[..., :_LONGEST], len(_LETTERS))
+    is_letter = torch.arange(_LONGEST, device=u.device) < length[..., None]
+    advance = alphabet.width[glyph] * is_letter
+    end = advance.cumsum(2)
+    tall, wide = alphabet.height[size], end[..., -1]
+    # It may stick out on either side, but not all of it.
+    top = 1 - tall + _whole(u[..., _LONGEST + 2], tall + height - 1)
+    left = 1 - wide + _whole(u[..., _LONGEST + 3], wide + width - 1)
+
+    ink = (alphabet.count[glyph] * is_letter).flatten()
+    letter = torch.repeat_interleave(ink)  # of every pixel, the letter's number among all of the batch
+    start = alphabet.start[glyph].flatten() - (ink.cumsum(0) - ink)
+    place = start[letter] + torch.arange(len(letter), device=u.device)
+    row = top.repeat_interleave(_LONGEST)[letter] + alphabet.rows[place]
+    column = (left[..., None] + end - advance).flatten()[letter] + alphabet.columns[place]
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    of_picture = torch.arange(batch, device=u.device).repeat_interleave(strings * _LONGEST) * (height * width)
+    pixel = (of_picture[letter] + row * width + column)[inside]
+    string = torch.arange(strings, device=u.device).repeat_interleave(_LONGEST).repeat(batch)[letter[inside]]
+    return string, pixel
 
 
 @cache
-def _glyphs(size: int) -> list[NDArray[np.bool_]]:
-    """The letters of Pillow's own font as bitmaps, as high as the line and as wide as each is.
-
-    Drawn once: for a string, Pillow takes five times as long as it takes to put it together from them.
-    """
-    font = ImageFont.load_default(size)
-    _, top, _, bottom = (int(edge) for edge in font.getbbox(_LETTERS))
-    glyphs = []
-    for letter in _LETTERS:
-        image = Image.new("1", (math.ceil(font.getlength(letter)), bottom - top))
-        draw = ImageDraw.Draw(image)
-        draw.fontmode = "1"  # a pixel is covered or not
-        draw.text((0, -top), letter, fill=1, font=font)
-        glyphs.append(np.asarray(image))
-    return glyphs
+def _alphabet(smallest: int, largest: int, device: torch.device) -> _Alphabet:
+    """Drawn once: Pillow takes far longer for a string than it takes to put it together from them."""
+    inks, widths, heights = [], [], []
+    for size in range(smallest, largest + 1):
+        font = ImageFont.load_default(size)
+        _, top, _, bottom = (int(edge) for edge in font.getbbox(_LETTERS))
+        heights.append(bottom - top)
+        for letter in _LETTERS:
+            image = Image.new("1", (math.ceil(font.getlength(letter)), bottom - top))
+            draw = ImageDraw.Draw(image)
+            draw.fontmode = "1"  # a pixel is covered or not
+            draw.text((0, -top), letter, fill=1, font=font)
+            inks.append(np.argwhere(np.asarray(image)))
+            widths.append(image.width)
+    counts = [len(ink) for ink in inks]
+    rows, columns = np.concatenate(inks).T
+    starts = np.cumsum([0, *counts[:-1]])
+    return _Alphabet(*(torch.as_tensor(x, device=device) for x in (rows, columns, starts, counts, widths, heights)))
