@@ -32,7 +32,7 @@ from experiments.tools import last_scores
 NAME = "noise2noise_photographs"
 EXPERIMENTS = {
     "gaussian": [f"experiment={NAME}"],
-    "text": [f"experiment={NAME}", "corruption=text", "size.restoration.learning_rate=1.0e-2"],
+    "text": [f"experiment={NAME}", "corruption=text", "size.restoration.max_steps=8000"],
 }
 TARGETS: dict[str, list[str]] = {"clean": [], "noisy": []}
 SEEDS = (0, 1, 2)

@@ -75,6 +75,20 @@ def test_text_leaves_the_median_and_covers_all_places_alike():
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=["gaussian", "poisson", "text"])
+def test_without_the_excess_noisy_versions_tell_the_distance_from_the_clean_picture(make: Callable[[int], Corruption]):
+    """Of answers that are as wrong as one likes: but for a factor and a constant."""
+    corruption = make(0)
+    clean = torch.linspace(-1, 1, 3 * 24 * 24)[torch.randperm(3 * 24 * 24)].reshape(1, 3, 24, 24)
+    noisy = torch.cat([corruption(clean.expand(100, -1, -1, -1), keys(100), version) for version in range(20)])
+    answers = [torch.full_like(clean, value) for value in (-1.5, -0.9, -0.3, 0.1, 0.7, 1.2)]
+    answers += [clean, 0.5 * clean, -clean]
+    told = torch.stack([(corruption.distance(x, noisy) - corruption.excess(x)).mean() for x in answers])
+    expected = torch.stack([corruption.distance(x, clean).mean() for x in answers])
+    same = (noisy == clean).float().mean().item() if corruption.excess(clean).any() else 1.0
+    assert (told - same * expected).std() < 0.005
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=["gaussian", "poisson", "text"])
 def test_a_picture_has_the_same_versions_in_any_batch(make: Callable[[int], Corruption]):
     corruption = make(0)
     images = torch.rand(4, 3, 16, 24) * 2 - 1

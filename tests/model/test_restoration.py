@@ -13,7 +13,7 @@ from carrara.corruption.base import Corruption, as_stored
 from carrara.corruption.noise import Gaussian, Poisson
 from carrara.corruption.text import Text
 from carrara.model.conditioned import Conditioned
-from carrara.model.restoration import masked_pixels, restored, without
+from carrara.model.restoration import RestorationModel, masked_pixels, restored, without
 from tests.tiny import awake, batch, restoration_model, unet
 
 
@@ -102,6 +102,27 @@ def test_the_best_constant_is_the_clean_value(corruption, target, value):
     assert torch.stack(losses).argmin() == value
 
 
+@pytest.mark.parametrize("target", ["noisy", "self"])
+@torch.no_grad()
+def test_at_the_end_of_training_colours_of_text_pull_no_answer_to_grey(target, monkeypatch):
+    """Of the one answer to pictures of levels that are uniform in [0.2, 1]: 0.6 is the clean ones' median, and of noisy
+    ones a is where 0.7 (a − 0.2) / 0.8 + 0.3 (a + 1) / 2 is a half, for 30 % under text."""
+    levels = torch.linspace(0.2, 1, 201)[torch.randperm(201)]
+    one, network = pictures(levels[:, None, None, None].expand(-1, 3, 32, 32)), Constant()
+    text = Text(0.26, 0)  # and what the last string adds
+    model = restoration_model(network=network, corruption=text, target=target)
+    candidates = torch.linspace(0.4, 0.7, 16)
+    best = []
+    for step in (0, model.max_steps):
+        monkeypatch.setattr(RestorationModel, "global_step", step)
+        losses = []
+        for candidate in candidates:
+            network.value.fill_(candidate)
+            losses.append(model.loss(one)["loss"])
+        best.append(candidates[torch.stack(losses).argmin()].item())
+    assert best == pytest.approx([0.512, 0.6], abs=0.02)
+
+
 @torch.no_grad()
 def test_the_loss_is_the_distance_from_the_other_version():
     """A toss of the position says which is shown; in validation it is the one that noisy shards hold."""
@@ -163,8 +184,6 @@ def test_a_picture_has_two_versions_and_no_more():
 
 class Given(Corruption):
     """Noise that a test chooses, of the pictures of `batch`."""
-
-    unmoved = "mean"
 
     def __init__(self, noise: Tensor):
         super().__init__(0)

@@ -1,8 +1,8 @@
 """What every corruption promises."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from carrara import keyed_random
@@ -16,13 +16,7 @@ class Corruption:
 
     Args:
         seed: of all versions.
-
-    Attributes:
-        unmoved: the statistic of a value's noisy versions that is the clean value. Of the mean the squared error is
-            least, of the median the absolute error (Lehtinen et al. 2018, "Noise2Noise", section 2).
     """
-
-    unmoved: ClassVar[Literal["mean", "median"]]
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -44,6 +38,19 @@ class Corruption:
     def corrupt(self, images: Tensor, positions: Tensor, purpose: str) -> Tensor:
         """The same with draws that are keyed by `positions` (B,) and `purpose`, see `keyed_random.uniform`."""
         raise NotImplementedError
+
+    def distance(self, answer: Tensor, target: Tensor) -> Tensor:
+        """Of each value: the squared error, which of noisy targets is least for their mean.
+
+        A corruption that does not leave the mean where it is has another (Lehtinen et al. 2018, "Noise2Noise",
+        section 2).
+        """
+        return (answer - target).square()
+
+    def excess(self, answer: Tensor) -> Tensor:
+        """Of each value: what the mean distance from noisy versions is, less a multiple of the distance from the clean
+        picture and a constant; 0 or more."""
+        return torch.zeros_like(answer)
 
 
 def as_stored(images: Tensor) -> Tensor:

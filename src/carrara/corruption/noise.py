@@ -17,8 +17,6 @@ class Gaussian(Corruption):
         seed: see `Corruption`.
     """
 
-    unmoved = "mean"
-
     def __init__(self, sigma: float, seed: int):
         super().__init__(seed)
         check_range("sigma", sigma, 0, 10)
@@ -37,8 +35,6 @@ class Poisson(Corruption):
         peak: the mean count of a value of 1; black sends none.
         seed: see `Corruption`.
     """
-
-    unmoved = "mean"
 
     def __init__(self, peak: float, seed: int):
         super().__init__(seed)

@@ -7,6 +7,7 @@ from string import ascii_letters, digits
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -23,14 +24,12 @@ class Text(Corruption):
     """Random strings of random colour and size at random places (Lehtinen et al. 2018, section 3.2).
 
     Every pixel is as likely to be covered as any other, and less often than not: the median of its versions is the
-    picture's own value, where the mean is grey.
+    picture's own value, where the mean is grey. Hence absolute errors.
 
     Args:
         share: of the pixels that are covered, less than a half; strings are added until it is reached.
         seed: see `Corruption`.
     """
-
-    unmoved = "median"
 
     def __init__(self, share: float, seed: int):
         super().__init__(seed)
@@ -62,6 +61,25 @@ class Text(Corruption):
         top = top.scatter_reduce_(0, pixel[shown], string[shown], "amax").view(batch, 1, places)
         levels = color.mT.gather(2, top.clamp_min(0).expand(-1, 3, -1))
         return torch.where(top >= 0, levels.to(images.dtype) / 127.5 - 1, images.flatten(2)).view_as(images)
+
+    def distance(self, answer: Tensor, target: Tensor) -> Tensor:
+        return (answer - target).abs()
+
+    def excess(self, answer: Tensor) -> Tensor:
+        """Of E|answer − noisy| = (1 − c) |answer − clean| + c E|answer − colour| the last term, but for c / 2.
+
+        c of the pixels are covered, by colours that are uniform in [−1, 1]. It draws to grey what a network answers
+        where it does not know what the text covers; Lehtinen et al. leave it in.
+        """
+        from_colors = F.huber_loss(answer, torch.zeros_like(answer), reduction="none")
+        return _coverage(self.share, *answer.shape[2:]) * from_colors
+
+
+@cache
+def _coverage(share: float, height: int, width: int) -> float:
+    """The part of all pixels that is covered on average; the last string goes beyond the share."""
+    blank = torch.full((64, 3, height, width), 2.0)  # no colour is 2
+    return float((Text(share, 0).corrupt(blank, torch.arange(64), "coverage")[:, 0] != 2.0).float().mean())
 
 
 def _whole(u: Tensor, count: int | Tensor) -> Tensor:

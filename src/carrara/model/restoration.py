@@ -22,9 +22,10 @@ class RestorationModel(Model):
     The network is shown one of two versions of a picture, as a file holds it; a toss, keyed by the position in the
     stream, says which, so that both serve as targets. They are fixed by the picture's key, as if it had been taken
     twice; there are no more of them, however often it is visited (unless data.flip or data.crop=random lays another
-    part of the picture under the same noise). The distance is the squared
-    error, or the absolute error where the corruption leaves not the mean but the median in its place; targets are not
-    cut off at black and white, which would move their mean.
+    part of the picture under the same noise). Targets are not cut off at black and white, which would move their mean.
+    The distance is the corruption's: the squared error, for text the absolute one. What noisy targets add to it
+    (`Corruption.excess`) is taken off more and more as the training goes on, at its end all of it. Early on it is of
+    use: it tells a network that knows little to answer in the middle.
 
     Args:
         network: network(x, time, conditioning) -> like x, at time 0.
@@ -75,10 +76,12 @@ class RestorationModel(Model):
         noisy = as_stored(version)
         if self.target == "self":
             mask = masked_pixels(self.uniform(batch, "mask"), noisy.shape[2], noisy.shape[3])
-            error = self._distance(restored(self.restoration, without(mask, noisy)), version).mean(1, keepdim=True)
+            error = self._estimate(restored(self.restoration, without(mask, noisy)), version).mean(1, keepdim=True)
             return {"loss": ((error * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))).mean()}
-        target = clean if self.target == "clean" else self._versions(clean, batch["keys"], ~swapped)
-        return {"loss": self._distance(restored(self.restoration, noisy), target).mean()}
+        answer = restored(self.restoration, noisy)
+        if self.target == "clean":
+            return {"loss": self.corruption.distance(answer, clean).mean()}
+        return {"loss": self._estimate(answer, self._versions(clean, batch["keys"], ~swapped)).mean()}
 
     def _versions(self, clean: Tensor, keys: list[str], second: Tensor) -> Tensor:
         """Of each picture the first noisy version, or where `second` (B,) says so the other."""
@@ -89,10 +92,10 @@ class RestorationModel(Model):
                 versions[rows] = self.corruption(clean[rows], chosen, number)
         return versions
 
-    def _distance(self, answer: Tensor, target: Tensor) -> Tensor:
-        """Of each value."""
-        error = answer - target
-        return error.square() if self.corruption.unmoved == "mean" else error.abs()
+    def _estimate(self, answer: Tensor, noisy: Tensor) -> Tensor:
+        """The distance of each value from the clean one, up to a factor and a constant, by a noisy one."""
+        progress = self.global_step / self.max_steps
+        return self.corruption.distance(answer, noisy) - progress * self.corruption.excess(answer)
 
 
 def restored(part: Conditioned, noisy: Tensor) -> Tensor:
