@@ -2,6 +2,7 @@
 
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def train(corruption: Corruption, target: Any, residual: bool = False) -> Restor
         rows = positions % TRAIN
         optimizer.zero_grad()
         batch = {"images": images[rows], "keys": [keys[k] for k in rows], "positions": positions}
-        model.loss(batch)["loss"].backward()
+        with patch.object(RestorationModel, "global_step", step):  # as a trainer has it
+            model.loss(batch)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

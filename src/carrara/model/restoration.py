@@ -24,8 +24,8 @@ class RestorationModel(Model):
     twice; there are no more of them, however often it is visited (unless data.flip or data.crop=random lays another
     part of the picture under the same noise). Targets are not cut off at black and white, which would move their mean.
     The distance is the corruption's: the squared error, for text the absolute one. What noisy targets add to it
-    (`Corruption.excess`) is taken off more and more as the training goes on, at its end all of it. Early on it is of
-    use: it tells a network that knows little to answer in the middle.
+    (`Corruption.excess`) is taken off more and more as the training goes on, at its end and in validation all of it.
+    Early on it is of use: it tells a network that knows little to answer in the middle.
 
     Args:
         network: network(x, time, conditioning) -> like x, at time 0.
@@ -94,8 +94,8 @@ class RestorationModel(Model):
 
     def _estimate(self, answer: Tensor, noisy: Tensor) -> Tensor:
         """The distance of each value from the clean one, up to a factor and a constant, by a noisy one."""
-        progress = self.global_step / self.max_steps
-        return self.corruption.distance(answer, noisy) - progress * self.corruption.excess(answer)
+        taken_off = self.global_step / self.max_steps if self.training else 1.0
+        return self.corruption.distance(answer, noisy) - taken_off * self.corruption.excess(answer)
 
 
 def restored(part: Conditioned, noisy: Tensor) -> Tensor:
