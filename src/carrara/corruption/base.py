@@ -48,8 +48,8 @@ class Corruption:
         return (answer - target).square()
 
     def excess(self, answer: Tensor) -> Tensor:
-        """Of each value: what the mean distance from noisy versions is, less a multiple of the distance from the clean
-        picture and a constant; 0 or more."""
+        """Of each value: how the mean distance from noisy versions depends on the answer besides by way of the distance
+        from the clean picture; 0 or more."""
         return torch.zeros_like(answer)
 
 
