@@ -437,6 +437,7 @@ def restoration_model(**changes: Any) -> RestorationModel:
         "conditioner": Unconditional(8),
         "corruption": Gaussian(0.3, 0),
         "target": "noisy",
+        "versions": "two",
         "optimizer": MUON,
         "warmup_steps": 0,
         "cooldown": 0.0,

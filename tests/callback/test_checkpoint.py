@@ -9,14 +9,15 @@ from carrara.callback import checkpoint as checkpoint_module
 from carrara.callback.checkpoint import Checkpoints, best_score, retention
 from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_step, checkpoints, newest_valid
 from carrara.callback.ema import EMA
+from carrara.corruption.text import Text
 from carrara.errors import UserError
-from tests.tiny import batches, diffusion_model, equal, kl, trainer, weights
+from tests.tiny import batches, diffusion_model, equal, kl, restoration_model, trainer, weights
 
 
 def run(folder: Path, max_steps: int, *others: Callback, start: int = 0, resume: Path | None = None, **changes):
     keep = retention(changes.pop("newest", 2), changes.pop("every", None), 0, dict)
     ema = EMA(0.9)
-    model = diffusion_model(changes.pop("autoencoder", None))
+    model = changes.pop("model", None) or diffusion_model(changes.pop("autoencoder", None))
     settings = {"minutes": 1e9, "epoch_steps": 1000, "batch_size": 4} | changes
     checkpoints = Checkpoints(folder, keep=keep, ema=ema, **settings)
     one = trainer(folder, ema, checkpoints, *others, max_steps=max_steps, plugins=[VerifiedCheckpointIO()])
@@ -100,6 +101,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(UserError, match=r"predictor\.network\..* is not finite after step 4"):
         run(tmp_path, 9, Break(3), epoch_steps=2)
     assert steps(tmp_path) == [2]
+
+
+class Remember(Callback):
+    """Its state is an object."""
+
+    def state_dict(self):
+        return {"last": Path("/")}
+
+
+def test_what_could_not_be_loaded_again_ends_the_run_at_the_first_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"is to hold tensors and plain data, and this has objects: .*PosixPath"):
+        run(tmp_path, 4, Remember(), epoch_steps=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def full(checkpoint, file):
@@ -207,6 +221,17 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
     resumed = run(tmp_path / "again", 4, later, start=2, resume=checkpoint)
     assert equal(weights(resumed), weights(whole))
     assert later.numbers == draws.numbers[2:]
+
+
+def test_a_loss_that_depends_on_the_step_goes_on(tmp_path):
+    """What text adds to the distance is taken off by the step, killed after step 3 of 4; two other versions a visit."""
+    restorations = [restoration_model(corruption=Text(0.3, 0), versions="new", max_steps=4) for _ in range(2)]
+    restorations[1].load_state_dict(restorations[0].state_dict())
+    whole = run(tmp_path / "whole", 4, epoch_steps=3, newest=9, model=restorations[0])
+    resumed = run(
+        tmp_path / "again", 4, start=3, resume=tmp_path / "whole" / "step=00000003.ckpt", model=restorations[1]
+    )
+    assert equal(weights(resumed), weights(whole))
 
 
 def test_a_checkpoint_holds_what_a_run_needs(tmp_path):

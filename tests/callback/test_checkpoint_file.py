@@ -45,7 +45,7 @@ def test_a_failed_save_leaves_nothing_and_the_old_one_whole(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", fail)
     writer = VerifiedCheckpointIO()
     writer.save_checkpoint({}, tmp_path / "step=00000002.ckpt")
-    assert writer.problem == "no space left on device"
+    assert isinstance(writer.problem, OSError) and str(writer.problem) == "no space left on device"
     assert sorted(p.name for p in tmp_path.iterdir()) == [old.name, old.name + ".sha256"]
     assert newest_valid(tmp_path) == old
 

@@ -42,6 +42,13 @@ class Constant(nn.Module):
         return torch.zeros_like(x) + self.value
 
 
+class Shown(nn.Module):
+    """What it is shown."""
+
+    def forward(self, x: Tensor, time: Tensor, conditioning: object) -> Tensor:
+        return x
+
+
 def pictures(values: Tensor) -> dict[str, Any]:
     """A batch of pictures in [−1, 1]."""
     images = ((values + 1) * 127.5).round().to(torch.uint8)
@@ -183,6 +190,22 @@ def test_a_picture_has_two_versions_and_no_more():
     assert len(masked) > 2  # elsewhere at each visit
 
 
+@pytest.mark.parametrize("target", ["noisy", "clean"])
+@torch.no_grad()
+def test_two_new_versions_at_every_visit_and_the_same_in_validation(target):
+    """Noise that is 0.3 wide shows in the loss of a network that answers what it is shown: 2 · 0.09 from the target."""
+    model = restoration_model(network=Shown(), target=target, versions="new")
+    grey = pictures(torch.zeros(1, 3, 64, 64))
+    visits = [grey | {"positions": torch.tensor([visit])} for visit in range(20)]
+    losses = torch.stack([model.loss(one)["loss"] for one in visits])
+    assert len(set(losses.tolist())) == 20
+    torch.testing.assert_close(losses.mean(), torch.tensor(0.18 if target == "noisy" else 0.09), rtol=0.02, atol=0)
+    assert torch.equal(model.loss(visits[3])["loss"], losses[3])  # a visit that is trained on again after resuming
+    two = restoration_model(network=Shown(), target=target)
+    for one in visits[:2]:
+        assert torch.equal(model.loss(one, torch.zeros(1))["loss"], two.loss(one, torch.zeros(1))["loss"])
+
+
 class Given(Corruption):
     """Noise that a test chooses, of the pictures of `batch`."""
 
@@ -262,6 +285,11 @@ def test_what_is_exported_restores_as_the_model_does(tmp_path):
 def test_an_unknown_target_is_named():
     with pytest.raises(ValueError, match=r"model\.target=dirty is not known; it is noisy, clean, self"):
         restoration_model(target="dirty")
+
+
+def test_unknown_versions_are_named():
+    with pytest.raises(ValueError, match=r"model\.versions=3 is not known; it is two, new"):
+        restoration_model(versions="3")
 
 
 def test_a_network_that_adds_to_its_pixels_cannot_be_trained_blind():

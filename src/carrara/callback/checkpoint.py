@@ -85,7 +85,8 @@ class Checkpoints(Callback):
         Whether it was written is in `step`.
 
         Raises:
-            UserError: the weights are not finite; or it is the run's last step and the disk is full.
+            UserError: the weights are not finite; what is to be saved could not be loaded again; or it is the run's
+                last step and the disk is full.
         """
         step = trainer.global_step
         if step == self.step:
@@ -95,12 +96,14 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(self.folder / checkpoint_name(step))
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, VerifiedCheckpointIO)
-        reason = trainer.strategy.broadcast(writer.problem)
-        problem = f"cannot write the checkpoint of step {step} in {self.folder}: {reason}" if reason else ""
-        if problem and step == trainer.max_steps:
-            raise UserError(f"{problem}; make room, then resume the run")
-        if problem:
-            _log.error("%s; it is tried again when the next is due", problem)
+        problem = trainer.strategy.broadcast(writer.problem)
+        if isinstance(problem, UserError):
+            raise problem
+        if problem is not None:
+            told = f"cannot write the checkpoint of step {step} in {self.folder}: {problem.strerror or problem}"
+            if step == trainer.max_steps:
+                raise UserError(f"{told}; make room, then resume the run")
+            _log.error("%s; it is tried again when the next is due", told)
             return
         self.step = step
         if trainer.is_global_zero:

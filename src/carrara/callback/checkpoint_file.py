@@ -21,18 +21,18 @@ class VerifiedCheckpointIO(CheckpointIO):
     """Saves through a temporary file of the same folder; loads tensors and plain data only, never objects.
 
     Attributes:
-        problem: why the last file could not be written; empty if it was. Raised, it would leave the other ranks waiting
-            for the one that writes.
+        problem: why the last file is not there; None if it is. Raised, it would leave the other ranks waiting for the
+            one that writes.
     """
 
-    problem = ""
+    problem: OSError | UserError | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self.problem = ""
+        self.problem = None
         try:
             write(checkpoint, Path(path))
-        except OSError as error:
-            self.problem = error.strerror or str(error)
+        except (OSError, UserError) as error:
+            self.problem = error
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -44,7 +44,11 @@ class VerifiedCheckpointIO(CheckpointIO):
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
-    """The whole file under its name, with its checksum beside it, or an exception and neither."""
+    """The whole file under its name, with its checksum beside it, or an exception and neither.
+
+    Raises:
+        UserError: it holds objects. They are not loaded again, and that would show only once it is needed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -52,6 +56,9 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
             _save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if objects := torch.serialization.get_unsafe_globals_in_checkpoint(temporary):
+            names = ", ".join(sorted(objects))
+            raise UserError(f"a checkpoint is to hold tensors and plain data, and this has objects: {names}")
         with _digest_file(path).open("w") as recorded:
             recorded.write(digest(temporary))
             recorded.flush()

@@ -12,6 +12,7 @@ from carrara.model.base import Model, OptimizerFactory
 from carrara.model.conditioned import Conditioned
 
 Target = Literal["noisy", "clean", "self"]
+Versions = Literal["two", "new"]
 _SPACING = 4  # pixels from one masked pixel to the next
 _AROUND = ((0.5, 1.0, 0.5), (1.0, 0.0, 1.0), (0.5, 1.0, 0.5))
 
@@ -19,10 +20,8 @@ _AROUND = ((0.5, 1.0, 0.5), (1.0, 0.0, 1.0), (0.5, 1.0, 0.5))
 class RestorationModel(Model):
     """Minimises the distance of the restored picture from another noisy version of it (Lehtinen et al. 2018).
 
-    The network is shown one of two versions of a picture, as a file holds it; a toss, keyed by the position in the
-    stream, says which, so that both serve as targets. They are fixed by the picture's key, as if it had been taken
-    twice; there are no more of them, however often it is visited (unless data.flip or data.crop=random lays another
-    part of the picture under the same noise). Targets are not cut off at black and white, which would move their mean.
+    The network is shown one of two versions of a picture, as a file holds it, and the other is its target. Targets are
+    not cut off at black and white, which would move their mean.
     The distance is the corruption's: the squared error, for text the absolute one. What noisy targets add to it
     (`Corruption.excess`) is taken off more and more as the training goes on, at its end and in validation all of it.
     Without it from the start a small network learned less (`experiments/README.md`).
@@ -36,6 +35,10 @@ class RestorationModel(Model):
             whose letters tell their own pixels, much stays (Batson & Royer 2019, "Noise2Self", section 3; Krull et al.
             2019, "Noise2Void"). Its network must draw pixels anew: one that adds to them (`residual`) would be trained
             where they are filled in, and then keep their noise.
+        versions: `two`: fixed by the picture's key, as if it had been taken twice; a toss, keyed by the position in the
+            stream, says which is shown, so that both serve as targets. There are no more of them, however often it is
+            visited (unless data.flip or data.crop=random lays another part of the picture under the same noise).
+            `new`: two at each visit that no other has, as Lehtinen et al. train. In validation always the first two.
         optimizer, warmup_steps, cooldown, max_steps, seed: see `Model`.
     """
 
@@ -47,6 +50,7 @@ class RestorationModel(Model):
         conditioner: Conditioner,
         corruption: Corruption,
         target: Target,
+        versions: Versions,
         optimizer: OptimizerFactory,
         warmup_steps: int,
         cooldown: float,
@@ -56,6 +60,8 @@ class RestorationModel(Model):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
         if target not in get_args(Target):
             raise ValueError(f"model.target={target} is not known; it is {', '.join(get_args(Target))}")
+        if versions not in get_args(Versions):
+            raise ValueError(f"model.versions={versions} is not known; it is {', '.join(get_args(Versions))}")
         if target == "self" and getattr(network, "residual", False):
             raise ValueError(
                 "model.target=self goes with network.residual=false: what is added to a pixel leaves its noise in it"
@@ -63,6 +69,7 @@ class RestorationModel(Model):
         self.restoration = Conditioned(network, conditioner)
         self.corruption = corruption
         self.target = target
+        self.versions = versions
 
     @property
     def hot(self) -> list[nn.Module]:
@@ -70,9 +77,7 @@ class RestorationModel(Model):
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         clean = self.images(batch)
-        toss = self.uniform(batch, "version") if u is None else torch.zeros(len(clean), device=clean.device)
-        swapped = toss > 0.5
-        version = self._versions(clean, batch["keys"], swapped)
+        version = self._noisy(batch, clean, "shown", u is not None)
         noisy = as_stored(version)
         if self.target == "self":
             mask = masked_pixels(self.uniform(batch, "mask"), noisy.shape[2], noisy.shape[3])
@@ -81,14 +86,21 @@ class RestorationModel(Model):
         answer = restored(self.restoration, noisy)
         if self.target == "clean":
             return {"loss": self.corruption.distance(answer, clean).mean()}
-        return {"loss": self._estimate(answer, self._versions(clean, batch["keys"], ~swapped)).mean()}
+        return {"loss": self._estimate(answer, self._noisy(batch, clean, "target", u is not None)).mean()}
 
-    def _versions(self, clean: Tensor, keys: list[str], second: Tensor) -> Tensor:
-        """Of each picture the first noisy version, or where `second` (B,) says so the other."""
+    def _noisy(
+        self, batch: dict[str, Any], clean: Tensor, role: Literal["shown", "target"], validating: bool
+    ) -> Tensor:
+        """The noisy version of each picture that is shown, or the one that is its target."""
+        if self.versions == "new" and not validating:
+            return self.corruption.corrupt(clean, batch["positions"], f"visit/{role}")
+        second = torch.full((len(clean),), role == "target", device=clean.device)
+        if not validating:
+            second = second ^ (self.uniform(batch, "version") > 0.5)
         versions = torch.empty_like(clean)
         for number, rows in ((0, ~second), (1, second)):
             if rows.any():
-                chosen = [key for key, row in zip(keys, rows.tolist(), strict=True) if row]
+                chosen = [key for key, row in zip(batch["keys"], rows.tolist(), strict=True) if row]
                 versions[rows] = self.corruption(clean[rows], chosen, number)
         return versions
 
