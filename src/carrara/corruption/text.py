@@ -113,16 +113,17 @@ def _written(alphabet: _Alphabet, u: Tensor, height: int, width: int) -> tuple[T
         u: (B, strings, letters + 4 and more) uniform numbers: the letters', the size, the length and the place.
     """
     batch, strings, _ = u.shape
-    size = _whole(u[..., _LONGEST], len(alphabet.height))
-    length = _SHORTEST + _whole(u[..., _LONGEST + 1], _LONGEST - _SHORTEST + 1)
+    of_size, of_length, of_top, of_left = u[..., _LONGEST : _LONGEST + 4].unbind(-1)
+    size = _whole(of_size, len(alphabet.height))
+    length = _SHORTEST + _whole(of_length, _LONGEST - _SHORTEST + 1)
     glyph = size[..., None] * len(_LETTERS) + _whole(u[..., :_LONGEST], len(_LETTERS))
     is_letter = torch.arange(_LONGEST, device=u.device) < length[..., None]
     advance = alphabet.width[glyph] * is_letter
     end = advance.cumsum(2)
     tall, wide = alphabet.height[size], end[..., -1]
     # It may stick out on either side, but not all of it.
-    top = 1 - tall + _whole(u[..., _LONGEST + 2], tall + height - 1)
-    left = 1 - wide + _whole(u[..., _LONGEST + 3], wide + width - 1)
+    top = 1 - tall + _whole(of_top, tall + height - 1)
+    left = 1 - wide + _whole(of_left, wide + width - 1)
 
     ink = (alphabet.count[glyph] * is_letter).flatten()
     letter = torch.repeat_interleave(ink)  # of every pixel, the letter's number among all of the batch
