@@ -6,6 +6,7 @@ import pytest
 from carrara.errors import UserError
 from carrara.run_folder import (
     claim,
+    component_folder,
     continued,
     create_run_folder,
     create_sweep_folder,
@@ -58,6 +59,11 @@ def test_a_run_is_found_by_its_path_or_its_place(tmp_path, monkeypatch):
     assert find_run(f"x-shapes/{folder.name}", tmp_path / "runs") == folder
     with pytest.raises(UserError, match="there is no run x-shapes"):
         find_run("x-shapes", tmp_path / "runs")
+    (part := component_folder(folder)).mkdir()
+    (part / "card.json").touch()
+    save_config(part, {"network": {}})
+    with pytest.raises(UserError, match=rf"is a trained part, not a run; name the run's own folder, {folder}"):
+        find_run(str(part), tmp_path / "runs")
 
 
 def test_what_may_change_in_a_resumed_run():

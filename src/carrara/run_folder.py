@@ -80,7 +80,7 @@ def load_config(folder: Path) -> Config:
         UserError: no config there, or one that may not be used.
     """
     if not is_run(folder):
-        raise UserError(f"{folder} is no run: it has no {_CONFIG}")
+        raise UserError(f"{folder} is no run: it has no {_CONFIG}, or is a part that a run exported")
     config = load_yaml(folder / _CONFIG)
     refuse_interpolations(config, f"{folder / _CONFIG}: ")
     check(config)
@@ -88,8 +88,8 @@ def load_config(folder: Path) -> Config:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is a run's folder."""
-    return (folder / _CONFIG).is_file()
+    """Whether it is a run's folder; that of the part it exported, which has its own config and card, is not."""
+    return (folder / _CONFIG).is_file() and not (folder / CARD).exists()
 
 
 def component_folder(folder: Path) -> Path:
@@ -149,6 +149,8 @@ def find_run(reference: str, runs_dir: Path) -> Path:
     for folder in (Path(reference), runs_dir / reference):
         if is_run(folder):
             return folder
+        if (folder / CARD).exists():
+            raise UserError(f"{reference} is a trained part, not a run; name the run's own folder, {folder.parent}")
     raise UserError(f"there is no run {reference}: a run is a folder with {_CONFIG}, such as those below {runs_dir}/")
 
 
