@@ -13,7 +13,8 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from carrara.config import compose
+from carrara.config import check_settings, compose
+from carrara.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
 HYDRA_KEYS = {"defaults", "_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
@@ -136,3 +137,17 @@ def test_what_a_models_yaml_says_holds(model: str):
 )
 def test_the_best_checkpoints_are_those_with_the_least_distance_or_the_most_of_anything_else(model, highest):
     assert compose(CONF, "train", [f"model={model}"]).config["trainer"]["best_is_highest"] is highest
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.crop=centre", 'data.crop must be center or none or random, not "centre"'),
+        ("model.target=dirty", 'model.target must be clean or noisy or self, not "dirty"'),
+        ("model.versions=2", "model.versions must be new or two, not 2"),
+    ],
+)
+def test_a_word_that_is_none_of_the_choices_is_answered_with_them(override, message):
+    config = compose(CONF, "train", ["model=restoration", override]).config
+    with pytest.raises(UserError, match=f"^{message}$"):
+        check_settings(config)

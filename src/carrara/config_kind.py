@@ -13,15 +13,18 @@ _WORDS = {
 
 
 def mismatch(reader: Callable[..., Any], key: str, value: object) -> str | None:
-    """What a value of YAML should be instead, `a whole number or a list`; None if it may be what it is.
+    """What a value of YAML should be instead, `a number or a list`, `clean or noisy`; None if it may be what it is.
 
     Args:
         reader: the class or function that has a parameter `key`.
     """
     allowed = _kinds(_annotations(reader).get(key, Any))
-    if allowed is None or type(value) in allowed:
+    if allowed is None or type(value) in allowed or (isinstance(value, str) and value in allowed):
         return None
-    words = [word for kind, word in _WORDS.items() if kind in allowed and not (kind is int and float in allowed)]
+    choices = sorted(one for one in allowed if isinstance(one, str))
+    words = choices + [
+        word for kind, word in _WORDS.items() if kind in allowed and not (kind is int and float in allowed)
+    ]
     return " or ".join(words)
 
 
@@ -32,14 +35,14 @@ def _annotations(reader: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _kinds(annotation: Any) -> frozenset[type] | None:
-    """The types of plain data that fit an annotation; None where it does not say."""
+def _kinds(annotation: Any) -> frozenset[type | str] | None:
+    """The types of plain data that fit an annotation, and the words of a `Literal`; None where it does not say."""
     plain = typing.get_origin(annotation) or annotation
     if plain in (Union, UnionType):
         found = [_kinds(one) for one in typing.get_args(annotation)]
-        return None if None in found else frozenset[type]().union(*(one for one in found if one is not None))
+        return None if None in found else frozenset[type | str]().union(*(one for one in found if one is not None))
     if plain is Literal:
-        return frozenset(map(type, typing.get_args(annotation)))
+        return frozenset(typing.get_args(annotation))
     if plain is float:
         return frozenset((float, int))
     if plain in (bool, int, str, NoneType):

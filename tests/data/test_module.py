@@ -208,8 +208,3 @@ def test_numbers_out_of_range_are_named(shards, tmp_path, setting):
     ((key, value),) = setting.items()
     with pytest.raises(UserError, match=rf"data\.{key}.* {value}|data\.{key}={value}"):
         data(shards, tmp_path, **setting)
-
-
-def test_an_unknown_crop_is_refused(shards, tmp_path):
-    with pytest.raises(UserError, match=r"data\.crop=centre is not known"):
-        data(shards, tmp_path, crop="centre")

@@ -88,8 +88,6 @@ class ShardData:
         """
         if make is not None and root is not None:
             make(root)
-        if crop not in ("center", "random", "none"):
-            raise UserError(f"data.crop={crop} is not known; it is center, random or none")
         for key, value, least in (
             ("val_samples", val_samples, 1),
             ("num_workers", num_workers, 0),

@@ -1,6 +1,6 @@
 """Training a network that takes noise away, from noisy pictures alone."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +58,6 @@ class RestorationModel(Model):
         seed: int,
     ):
         super().__init__(optimizer, warmup_steps, cooldown, max_steps, seed)
-        if target not in get_args(Target):
-            raise ValueError(f"model.target={target} is not known; it is {', '.join(get_args(Target))}")
-        if versions not in get_args(Versions):
-            raise ValueError(f"model.versions={versions} is not known; it is {', '.join(get_args(Versions))}")
         if target == "self" and getattr(network, "residual", False):
             raise ValueError(
                 "model.target=self goes with network.residual=false: what is added to a pixel leaves its noise in it"
@@ -77,7 +73,7 @@ class RestorationModel(Model):
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         clean = self.images(batch)
-        version = self._noisy(batch, clean, "shown", u is not None)
+        version = self._noisy(batch, clean, "shown")
         noisy = as_stored(version)
         if self.target == "self":
             mask = masked_pixels(self.uniform(batch, "mask"), noisy.shape[2], noisy.shape[3])
@@ -86,16 +82,14 @@ class RestorationModel(Model):
         answer = restored(self.restoration, noisy)
         if self.target == "clean":
             return {"loss": self.corruption.distance(answer, clean).mean()}
-        return {"loss": self._estimate(answer, self._noisy(batch, clean, "target", u is not None)).mean()}
+        return {"loss": self._estimate(answer, self._noisy(batch, clean, "target")).mean()}
 
-    def _noisy(
-        self, batch: dict[str, Any], clean: Tensor, role: Literal["shown", "target"], validating: bool
-    ) -> Tensor:
+    def _noisy(self, batch: dict[str, Any], clean: Tensor, role: Literal["shown", "target"]) -> Tensor:
         """The noisy version of each picture that is shown, or the one that is its target."""
-        if self.versions == "new" and not validating:
+        if self.versions == "new" and self.training:
             return self.corruption.corrupt(clean, batch["positions"], f"visit/{role}")
         second = torch.full((len(clean),), role == "target", device=clean.device)
-        if not validating:
+        if self.training:
             second = second ^ (self.uniform(batch, "version") > 0.5)
         versions = torch.empty_like(clean)
         for number, rows in ((0, ~second), (1, second)):
