@@ -62,7 +62,7 @@ def test_a_run_is_found_by_its_path_or_its_place(tmp_path, monkeypatch):
     (part := component_folder(folder)).mkdir()
     (part / "card.json").touch()
     save_config(part, {"network": {}})
-    with pytest.raises(UserError, match=rf"is a trained part, not a run; name the run's own folder, {folder}"):
+    with pytest.raises(UserError, match="is a trained part; name the run's folder, which component/ lies in"):
         find_run(str(part), tmp_path / "runs")
 
 

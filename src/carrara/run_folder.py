@@ -150,7 +150,7 @@ def find_run(reference: str, runs_dir: Path) -> Path:
         if is_run(folder):
             return folder
         if (folder / CARD).exists():
-            raise UserError(f"{reference} is a trained part, not a run; name the run's own folder, {folder.parent}")
+            raise UserError(f"{reference} is a trained part; name the run's folder, which component/ lies in")
     raise UserError(f"there is no run {reference}: a run is a folder with {_CONFIG}, such as those below {runs_dir}/")
 
 
