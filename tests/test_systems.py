@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from carrara.component import read_component
 from carrara.run_folder import load_config
 from tests.commands import TINY, check_scores_again, last, run, trained_part
 
@@ -264,7 +265,7 @@ def test_a_language_model_is_trained_first_and_reads_the_captions(workplace: tup
     assert part.name.startswith("language_model-")
     assert 1 < last(part, "val/perplexity") < 1000 and last(part, "val/unigram_perplexity") > 1
     folder = max((cwd / objective / "pixel_unet-shapes").iterdir())
-    exported = load_config(folder / "component")["conditioner"]
+    exported = read_component(folder / "component").config["conditioner"]
     assert exported["model"] == str((part / "component").relative_to(cwd))
     state = load_file(folder / "component" / "weights.safetensors")
     assert [key for key in state if not key.startswith("network.")] == ["conditioner.encoder._extra_state"]
