@@ -13,8 +13,12 @@ from pathlib import Path
 from carrara.run_folder import load_config
 from experiments.tools import ROOT, RUNS, last_scores, spread, table, trained
 
-EXPERIMENTS = {"gaussian": ["experiment=noise2noise"], "text": ["experiment=noise2noise_text"]}  # by corruption
-TARGETS: dict[str, list[str]] = {"clean": [], "noisy": [], "self": ["network.residual=false"]}
+EXPERIMENTS = {"gaussian": "experiment=noise2noise", "text": "experiment=noise2noise_text"}  # by corruption
+TARGETS = {
+    "clean": ["model.target=clean"],
+    "noisy": ["model.target=noisy"],
+    "self": ["model.target=self", "network.residual=false"],
+}
 SEEDS = (0,)
 COLUMNS = ("fd_evaluator", "clip_score", "prompt_accuracy/all")
 NAME = "noise2noise"
@@ -30,8 +34,7 @@ def written(do: str, label: str, overrides: Sequence[str]) -> Path:
 
 def restorations(
     name: str,
-    experiments: Mapping[str, Sequence[str]],
-    targets: Mapping[str, Sequence[str]],
+    trainings: Mapping[str, Mapping[str, Sequence[str]]],
     seeds: Sequence[int],
     more: Sequence[str],
     psnr: Callable[[Path], tuple[float, float]],
@@ -39,26 +42,22 @@ def restorations(
     """Prints what every target comes to, and how much less than the first one with the same seed, as mean ± standard
     deviation of the seeds; the runs of the first seed by corruption and target.
 
-    `psnr` says that of a run's noisy pictures and of what it makes of them.
+    `trainings` are overrides by corruption and target; `psnr` says that of a run's noisy pictures and of what it makes
+    of them.
     """
     rows, found = [], {}
-    for corruption, overrides in experiments.items():
+    for corruption, by_target in trainings.items():
         best: tuple[float, ...] = ()
-        for target, of_target in targets.items():
+        for target, overrides in by_target.items():
             runs = [
-                trained(
-                    name,
-                    f"{corruption}-{target}-{seed}",
-                    [*overrides, f"model.target={target}", *of_target, f"seed={seed}", *more],
-                )
-                for seed in seeds
+                trained(name, f"{corruption}-{target}-{seed}", [*overrides, f"seed={seed}", *more]) for seed in seeds
             ]
             found[corruption, target] = runs[0]
             noisy, restored = zip(*map(psnr, runs), strict=True)
             best = best or restored
             less = [a - b for a, b in zip(best, restored, strict=True)]
             rows.append([corruption, target, spread(noisy, 2), spread(restored, 2), spread(less, 3)])
-    header = ["corruption", "target", "PSNR, noisy", "PSNR, restored", f"less than {next(iter(targets))}"]
+    header = ["corruption", "target", "PSNR, noisy", "PSNR, restored", "less than the first"]
     print(table(header, rows), end="\n\n", flush=True)
     return found
 
@@ -99,7 +98,11 @@ def _row(run: Path) -> list[str]:
 
 
 def main(more: Sequence[str]) -> None:
-    diffusion(restorations(NAME, EXPERIMENTS, TARGETS, SEEDS, more, of_pictures), more)
+    trainings = {
+        corruption: {target: [experiment, *overrides] for target, overrides in TARGETS.items()}
+        for corruption, experiment in EXPERIMENTS.items()
+    }
+    diffusion(restorations(NAME, trainings, SEEDS, more, of_pictures), more)
 
 
 if __name__ == "__main__":

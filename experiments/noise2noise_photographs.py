@@ -30,11 +30,17 @@ from experiments.noise2noise import restorations
 from experiments.tools import last_scores
 
 NAME = "noise2noise_photographs"
-EXPERIMENTS = {
-    "gaussian": [f"experiment={NAME}"],
-    "text": [f"experiment={NAME}", "corruption=text", "size.restoration.max_steps=8000"],
+GAUSSIAN = [f"experiment={NAME}"]
+TEXT = [*GAUSSIAN, "corruption=text"]
+TRAININGS = {
+    "gaussian": {"clean": [*GAUSSIAN, "model.target=clean"], "noisy": [*GAUSSIAN, "model.target=noisy"]},
+    "text": {
+        "clean": [*TEXT, "model.target=clean", "size.restoration.max_steps=8000"],
+        "noisy": [*TEXT, "model.target=noisy", "size.restoration.max_steps=8000"],
+        # a quarter of a noisy target is under text: by then as many pixels have told something
+        "noisy_longer": [*TEXT, "model.target=noisy", "size.restoration.max_steps=10800"],
+    },
 }
-TARGETS: dict[str, list[str]] = {"clean": [], "noisy": []}
 SEEDS = (0, 1, 2)
 OUT, SIDE, SHARD_SIZE, BATCH = Path("data/photographs"), 64, 1000, 64
 
@@ -115,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or not Path(arguments[0]).is_dir():
         sys.exit(f"error: python -m experiments.{NAME} FOLDER: a folder with folders of photographs")
     write_tiles(Path(arguments[0]), OUT)
-    restorations(NAME, EXPERIMENTS, TARGETS, SEEDS, arguments[1:], of_photographs)
+    restorations(NAME, TRAININGS, SEEDS, arguments[1:], of_photographs)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ MISTAKES = [
     ("diffusion.schedule=cosine", "choose one with diffusion/schedule=…"),
     ("diffusion/schedul=cosine", "there is no group diffusion/schedul; did you mean 'diffusion/schedule'?"),
     ("experiment=misspelt", "misspelt.yaml: unknown key trainer.max_stps; did you mean 'trainer.max_steps'?"),
+    ("diffusion.schedule=null", "diffusion.schedule is a group of settings, which cannot be null"),
     ("trainer.devices=abc", "trainer.devices is a number \\(now 1\\), not 'abc'"),
     ("trainer.devices=true", "trainer.devices is a number"),
     ("trainer.compile=3", "trainer.compile is true or false \\(now false\\), not 3"),

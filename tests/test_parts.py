@@ -186,7 +186,23 @@ def test_the_clip_that_made_the_embeddings_does_not_judge_them(tmp_path, monkeyp
     assert [part.folder for part in parts] == [Path("clip"), Path("other")]
 
 
-@pytest.mark.parametrize("overrides", [["model=evaluator"], ["model=clip"], ["model=language_model"], ["model=vae"]])
+@pytest.mark.parametrize(("named", "found"), [("clip", "evaluator"), ("evaluator", "clip")])
+def test_the_clip_that_is_named_is_not_the_evaluator_that_is_found(tmp_path, monkeypatch, named, found):
+    monkeypatch.chdir(tmp_path)
+    composed = compose(CONF, "train", ["model=dalle2", "size=demo"])
+    [part] = [one for one in needed_parts(CONF, composed, "of the data") if one.kind == found]
+    assert part.folder is not None
+    node = part.config["evaluator"]
+    save_component(part.folder, "evaluator", node, build(node), {"fingerprint": "", "data": {}, "scores": {}})
+    composed.config["part"][named] = str(part.folder)
+    with pytest.raises(UserError, match=r"part\.evaluator=.* is part\.clip, too, which would judge what it has made"):
+        needed_parts(CONF, composed, "of the data")
+
+
+WITHOUT = ["model=evaluator", "model=clip", "model=language_model", "model=vae", "model=classifier"]
+
+
+@pytest.mark.parametrize("overrides", [[model] for model in WITHOUT])
 def test_what_learns_from_captions_needs_some(overrides):
     composed = compose(CONF, "train", [*overrides, "data=laion", "size=demo", "data.caption=null"])
     with pytest.raises(UserError, match=r"data\.caption=null leaves model=\w+ nothing to learn from") as told:
@@ -258,6 +274,17 @@ def test_all_stages_read_captions_in_the_same_way():
     composed = compose(CONF, "train", ["model=imagen", "conditioner=text", "conditioner.depth=2"])
     [stage] = [part for part in needed_parts(CONF, composed, "data") if part.kind == "small_pictures"]
     assert stage.config["conditioner"] == composed.config["conditioner"]
+
+
+def test_all_stages_have_one_judge_or_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_clip("judge")
+    for judge in ("judge", "null"):
+        overrides = ["model=imagen", "size=demo", "conditioner=none", f"part.evaluator={judge}"]
+        parts = needed_parts(CONF, compose(CONF, "train", overrides), "data")
+        [stage] = [part for part in parts if part.kind == "small_pictures"]
+        there = [Path("judge")] if judge == "judge" else []
+        assert [part.folder for part in (*parts, *stage.parts) if part.kind == "evaluator"] == 2 * there
     assert stage.config["name"] == "small_pictures" and "language_model" not in stage.config["part"]
     composed = compose(CONF, "train", ["model=imagen", "language_model=causal"])
     [stage] = [part for part in needed_parts(CONF, composed, "data") if part.kind == "small_pictures"]

@@ -67,18 +67,20 @@ def test_a_run_is_found_by_its_path_or_its_place(tmp_path, monkeypatch):
 
 
 def test_what_may_change_in_a_resumed_run():
-    assert continued(CONFIG, {"trainer.devices": 2, "trainer.max_steps": 7, "trainer.timeout_s": 9.0})["trainer"] == {
-        "devices": 2,
-        "batch_size": 8,
-        "max_steps": 7,
-        "timeout_s": 9.0,
+    now = {"trainer": {"devices": 2, "batch_size": 4, "max_steps": 7, "timeout_s": 9.0}, "data": {"urls": "elsewhere"}}
+    keys = ("trainer.devices", "trainer.max_steps", "trainer.timeout_s", "data.urls")
+    saved = {**CONFIG, "data": {"urls": "here", "resolution": 32}}
+    assert continued(saved, now, keys) == {
+        **saved,
+        "trainer": {"devices": 2, "batch_size": 8, "max_steps": 7, "timeout_s": 9.0},
+        "data": {"urls": "elsewhere", "resolution": 32},
     }
-    assert CONFIG["trainer"] == {"devices": 1, "batch_size": 8, "max_steps": 5}
+    assert saved["trainer"] == {"devices": 1, "batch_size": 8, "max_steps": 5} and saved["data"]["urls"] == "here"
     with pytest.raises(UserError, match="seed cannot change"):
-        continued(CONFIG, {"seed": 2})
+        continued(saved, {"seed": 2}, ["seed"])
 
 
 def test_a_longer_run_has_its_learning_rate_fall_at_the_new_end():
     saved = CONFIG | {"model": {"max_steps": 5}}  # resolved from ${trainer.max_steps} when the run began
-    assert continued(saved, {"trainer.max_steps": 7})["model"]["max_steps"] == 7
+    assert continued(saved, {"trainer": {"max_steps": 7}}, ["trainer.max_steps"])["model"]["max_steps"] == 7
     assert saved["model"] == {"max_steps": 5}

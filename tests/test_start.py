@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from carrara.callback.checkpoint_file import VerifiedCheckpointIO
+from carrara.build import exported_config
+from carrara.callback.checkpoint_file import VerifiedCheckpointIO, checkpoint_name
+from carrara.command import train
 from carrara.command.train import main
 from carrara.component import save_component
 from carrara.conditioner.text import Text
-from carrara.config import Composed, build
+from carrara.config import Composed, build, compose, load_yaml
 from carrara.errors import UserError
 from carrara.model.conditioned import Conditioned
 from carrara.model.diffusion import DiffusionModel
@@ -277,3 +280,25 @@ def test_stable_diffusion_is_planned_with_before_any_weights_are_read(tmp_path, 
     assert not (tmp_path / "runs").exists()
     main(CONF, [*user, *here, "part.evaluator=null", "diffusion=stable_diffusion", "dry_run=true"])
     assert "was trained with" not in capsys.readouterr().out
+
+
+def test_what_a_run_began_with_is_not_needed_once_it_has_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started: list[Path] = []
+    monkeypatch.setattr(train, "_start_processes", lambda folder, devices: started.append(folder))
+    few = [f"data.make.{key}={number}" for key, number in (("num_train", 24), ("num_val", 4), ("num_val_seen", 4))]
+    tiny = ["model=pixel_unet", "size=demo", "size.pixel_unet.channels=[8,8,8]", "part.evaluator=null", *few]
+    settings = compose(CONF, "train", tiny).config
+    node = exported_config(settings, "noise_predictor")
+    card = {"fingerprint": "", "data": {}, "scores": {}, "diffusion": settings["diffusion"]}
+    save_component(Path("begun"), "noise_predictor", node, build(node), card)
+    main(CONF, [*tiny, "start.network=begun"])
+    shutil.rmtree("begun")
+    with pytest.raises(UserError, match=r"start\.network=begun: there is no such folder"):
+        main(CONF, [f"resume={started[0]}"])
+    checkpoints = started[0] / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / checkpoint_name(3)).touch()
+    main(CONF, [f"resume={started[0]}"])
+    assert started == [started[0]] * 2
+    assert load_yaml(started[0] / "config.yaml")["start"] == {"network": "begun"}

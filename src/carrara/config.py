@@ -96,6 +96,8 @@ def check(config: Config) -> None:
     trainer = config.get("trainer")
     if trainer is not None:
         config_check.check_trainer(trainer)
+        if config.get("resume") in (None, "auto"):  # a run that is gone on with has a batch of its own
+            config_check.check_batch(trainer)
     seed = config.get("seed", 0)
     if "model" in config and (type(seed) is not int or seed < 0):
         raise UserError(f"seed must be a whole number from 0 on, not {seed!r}")

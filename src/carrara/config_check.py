@@ -111,7 +111,8 @@ def check_experiment(path: Path, base: Mapping[str, Any]) -> None:
 def check_types(overrides: Sequence[Override], base: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """A number stays a number, a switch a switch, a group of settings a group.
 
-    `null` is left to its reader, and so is a list of what is read by a constructor, which says if it takes one.
+    `null` and a list are left to the constructor that reads them, which says if it takes one; `null` in place of a
+    group that none reads, as `callback.score`, is refused.
 
     Raises:
         UserError: a value of another kind than the one it replaces.
@@ -119,10 +120,11 @@ def check_types(overrides: Sequence[Override], base: Mapping[str, Any], config: 
     before, after = dict(flatten(base)), dict(flatten(config))
     for key in dict.fromkeys(o.key_or_group for o in overrides if not is_hydras(o) and o.key_or_group in before):
         old, new = before[key], after.get(key)
-        if new is None or old is None:
-            continue
         parent = after.get(key.rpartition(".")[0])
-        if list in (type(old), type(new)) and isinstance(parent, Mapping) and "_target_" in parent:
+        read = isinstance(parent, Mapping) and "_target_" in parent
+        if new is None and isinstance(old, Mapping) and not read:
+            raise UserError(f"{key} is a group of settings, which cannot be null")
+        if new is None or old is None or (list in (type(old), type(new)) and read):
             continue
         kind = _kind(old)
         if kind is not None and _kind(new) != kind:
@@ -217,7 +219,7 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Ranges of the `trainer` node.
 
     Raises:
-        UserError: the key, what it must be, and for a batch that cannot be divided the nearest that can.
+        UserError: the key, and what it must be.
     """
     if not isinstance(trainer, Mapping):
         raise UserError(f"trainer is a group of settings, not {trainer!r}")
@@ -233,11 +235,16 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     for key, names in (("precision", PRECISIONS), ("accelerator", ACCELERATORS)):
         if key in trainer and trainer[key] not in names:
             raise UserError(f"trainer.{key} must be one of {', '.join(names)}, not {trainer[key]!r}")
-    if trainer.get("batch_size") is not None:
-        _check_batch(trainer)
 
 
-def _check_batch(trainer: Mapping[str, Any]) -> None:
+def check_batch(trainer: Mapping[str, Any]) -> None:
+    """The global batch can be dealt out.
+
+    Raises:
+        UserError: it cannot; the nearest that can.
+    """
+    if trainer.get("batch_size") is None:
+        return
     keys = ("devices", "num_nodes", "accumulate")
     numbers = [int(trainer.get(key, 1)) for key in keys]
     parts = numbers[0] * numbers[1] * numbers[2]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from carrara import run_folder
 from carrara.component import CARD, read_component
 from carrara.config import Composed, Config, compose, fingerprint
+from carrara.config_check import flatten
 from carrara.errors import UserError
 from carrara.parts_check import check_captions, check_interface, check_judge
 from carrara.start import check_lora, check_start, network_of
@@ -37,7 +38,8 @@ _KINDS = {
     "clip": ("evaluator",),
 }
 _SHARED = {  # settings that a part has from the run that needs it, besides its own architecture's
-    "small_pictures": ("conditioner", "language_model", "part.language_model"),  # captions are read alike
+    # captions are read alike, and one judges both
+    "small_pictures": ("conditioner", "language_model", "part.language_model", "part.evaluator"),
     "prior": ("clip", "part.clip"),
 }
 
@@ -104,9 +106,14 @@ def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | Non
             part = _named(str(reference), kind, Path(config["runs_dir"]), f"{_THERE}, or {AUTO}")
             check_interface(kind, str(part.folder or reference), part.architecture, config)
             found.append(part)
-    check_judge({one.kind: one.folder for one in found if one.folder is not None and one.run is None})
+    check_judge(folders(found))
     start = start_of(config)
     return found if start is None else [*found, start]
+
+
+def folders(parts: list[Part]) -> dict[str, Path]:
+    """The components that are there, by kind."""
+    return {part.kind: part.folder for part in parts if part.folder is not None and part.is_ready()}
 
 
 def start_of(config: Config) -> Part | None:
@@ -253,12 +260,8 @@ def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
     nodes: dict[str, Any] = {key: config[key] for key in ("data", "runs_dir", "logger") if key in config}
     if kind in config:
         nodes[kinds_of(kind)[0]] = config[kind]
-    for key in _SHARED.get(kind, ()):
-        value: Any = config
-        for name in key.split("."):
-            value = (value or {}).get(name)
-        if value is not None:
-            nodes[key] = value
+    known = dict(flatten(config))
+    nodes |= {key: known[key] for key in _SHARED.get(kind, ()) if key in known}
     if composed.size:
         nodes["size"] = composed.size
     if "seed" in nodes.get("data", {}):

@@ -13,7 +13,7 @@ _INTERFACE = {  # what the network is built to fit
     "language_model": ("width", "max_length"),
     "clip": ("embedding_width",),
 }
-_OF_CAPTIONS = ("evaluator", "clip", "language_model")
+_OF_CAPTIONS = ("evaluator", "clip", "language_model", "classifier")
 
 
 def check_interface(kind: str, name: str, theirs: Config, config: Mapping[str, Any]) -> None:
@@ -41,7 +41,7 @@ def check_judge(folders: Mapping[str, Path]) -> None:
     """The evaluator is not the CLIP that a generator works with, which would judge itself.
 
     Args:
-        folders: of the components that are named, by kind.
+        folders: of the components that are there, by kind.
 
     Raises:
         UserError: they are one.
@@ -58,7 +58,7 @@ def check_captions(config: Config) -> None:
     """What learns from captions has some.
 
     Raises:
-        UserError: an evaluator or a language model of shards whose captions are not read.
+        UserError: an evaluator, a classifier or a language model of shards whose captions are not read.
     """
     name = config.get("name")
     if name in _OF_CAPTIONS and config["data"].get("caption", "") is None:

@@ -1,7 +1,7 @@
 """Folders of runs: made once, locked while they are trained in, found again to go on."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import datetime
@@ -23,8 +23,11 @@ OF_THE_MACHINE = (
 )  # fmt: skip
 """Settings of the trainer that say how it is run and watched, not what is learnt."""
 
-CHANGEABLE = tuple(f"trainer.{key}" for key in (*OF_THE_MACHINE, "max_steps"))
-"""With resume=RUN."""
+REQUEUED = tuple(f"trainer.{key}" for key in OF_THE_MACHINE)
+"""What a run that goes on by itself (resume=auto) takes anew."""
+
+CHANGEABLE = (*REQUEUED, "trainer.max_steps", "data.urls", "data.val_urls", "data.cache_dir")
+"""With resume=RUN; that the shards are the same elsewhere is checked (`callback.inputs`)."""
 
 _CONFIG, _COMPONENT, _LOCK = "config.yaml", "component", ".lock"
 _NOT_THE_RUN = ("resume", "dry_run", "sweep", "runs_dir", "logger")  # the same run may differ in these
@@ -177,17 +180,22 @@ def _identity(config: Mapping[str, Any]) -> str:
     return fingerprint(rest)
 
 
-def continued(saved: Config, changes: Mapping[str, Any]) -> Config:
+def continued(saved: Config, now: Config, keys: Iterable[str]) -> Config:
     """A run's config with what may change when it goes on.
 
     Args:
-        changes: values by dotted key, of `CHANGEABLE`.
+        now: holds the values of
+        keys: dotted, of `CHANGEABLE`.
+
+    Raises:
+        UserError: a key that may not.
     """
     config = deepcopy(saved)
-    for key, value in changes.items():
+    for key in keys:
         if key not in CHANGEABLE:
             raise UserError(f"{key} cannot change in a run that is resumed; only {', '.join(CHANGEABLE)} can")
-        config["trainer"][key.removeprefix("trainer.")] = value
+        node, name = key.split(".")
+        config[node][name] = now[node][name]
     model = config.get("model") or {}
     if "max_steps" in model:  # was resolved from the trainer's; the learning rate falls towards it
         model["max_steps"] = config["trainer"]["max_steps"]

@@ -14,6 +14,7 @@ from webdataset import WebDataset
 from carrara.autoencoder.kl import KL
 from carrara.cache_use import usable_cache
 from carrara.command import shards
+from carrara.command.train_check import check_cache
 from carrara.component import load_component, save_component
 from carrara.conditioner.pretrained import Pretrained
 from carrara.config import build, compose
@@ -23,6 +24,7 @@ from carrara.data.reader import Use
 from carrara.data.shard_index import scan
 from carrara.errors import UserError
 from carrara.network.hugging_face import EXPORTED
+from carrara.parts import Part, needed_parts
 from tests.conditioner.test_pretrained import WIDTH, bert, clip_text_model
 from tests.tiny import diffusion_model, kl, objective, unet
 
@@ -350,3 +352,20 @@ def test_what_a_language_model_of_ones_own_says_is_kept(make, tmp_path):
 def test_mistakes_are_named(make, overrides, message):
     with pytest.raises(UserError, match=message):
         make(*overrides, text=False)
+
+
+def test_the_auto_encoder_of_cached_shards_is_named_before_another_is_trained(make, parts, tmp_path):
+    folder = make(text=False)
+    there = data(tmp_path, f"{folder}/*.tar")
+    run = compose(CONF, "train", ["data=laion", f"data.resolution={RESOLUTION}", "part.evaluator=null", "size=demo"])
+    run.config["autoencoder"] = NODE
+    run.config["network"] |= {"in_channels": 4, "resolution": 4}
+    [auto] = needed_parts(CONF, run, there.fingerprint)
+    with pytest.raises(UserError, match=r"name theirs with part\.autoencoder=…, or set data\.use_cache=false"):
+        check_cache(run.config, [auto], there)
+    check_cache(run.config, [auto], data(tmp_path, f"{folder}/*.tar", use_cache=False))
+    check_cache(run.config, [auto], data(tmp_path, "plain/*.tar"))
+    named = [Part("autoencoder", parts / name, architecture=NODE) for name in ("autoencoder", "other")]
+    check_cache(run.config, named[:1], there)
+    with pytest.raises(UserError, match=r"cache was made with autoencoder="):
+        check_cache(run.config, named[1:], there)

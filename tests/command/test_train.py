@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -305,6 +306,27 @@ def test_a_run_is_resumed_in_its_folder(conf, started):
     assert started.folders == [folder] * 4
     with pytest.raises(UserError, match="is finished"):
         train.main(conf, [f"resume={folder}"])
+
+
+def test_a_resumed_run_is_dealt_out_by_its_own_batch(conf, started):
+    train.main(conf, ["model=autoencoder", "trainer.batch_size=9"])  # the model that `train` takes by default has 8
+    [(folder, _)] = started
+    (folder / "component" / "card.json").unlink()
+    train.main(conf, [f"resume={folder}", "trainer.devices=3"])
+    assert started[1] == (folder, 3)
+
+
+def test_a_resumed_run_finds_its_shards_elsewhere(conf, started):
+    train.main(conf, ["model=autoencoder"])
+    [(folder, _)] = started
+    (folder / "component" / "card.json").unlink()
+    shutil.copytree("data/shapes", "elsewhere")
+    train.main(conf, [f"resume={folder}", "data.urls=elsewhere/train-*.tar", "data.val_urls=elsewhere/val-*.tar"])
+    data = load_yaml(folder / "config.yaml")["data"]
+    assert (data["urls"], data["val_urls"]) == ("elsewhere/train-*.tar", "elsewhere/val-*.tar")
+    (folder / "component" / "card.json").unlink()
+    with pytest.raises(UserError, match=r"data\.resolution cannot change"):
+        train.main(conf, [f"resume={folder}", "data.resolution=16"])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ def test_targets_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
 
     def trained(name: str, label: str, overrides: list[str]) -> Path:
         target, seed = label.split("-")[1:]
-        assert overrides == ["experiment=it", f"model.target={target}", f"seed={seed}", "trainer.max_steps=2"]
+        assert overrides == [f"model.target={target}", f"seed={seed}", "trainer.max_steps=2"]
         folder = tmp_path / label
         folder.mkdir()
         scores = {"val/psnr": psnr[f"{target}-{seed}"], "val/noisy_psnr": 20.0}
@@ -22,8 +22,7 @@ def test_targets_are_compared_seed_by_seed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(noise2noise, "trained", trained)
     found = noise2noise.restorations(
         "it",
-        {"gaussian": ["experiment=it"]},
-        {"clean": [], "noisy": []},
+        {"gaussian": {"clean": ["model.target=clean"], "noisy": ["model.target=noisy"]}},
         (0, 1),
         ["trainer.max_steps=2"],
         noise2noise.of_pictures,

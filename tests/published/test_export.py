@@ -177,6 +177,12 @@ def test_other_parts_are_refused(parts, tmp_path, what):
         export_pipeline(tmp_path / "x", CONFIG, network, conditioner, autoencoder)
 
 
+def test_a_folder_that_cannot_be_made_is_told(parts, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"export=.*/thesis\.txt/x cannot be made: (File exists|Not a directory)"):
+        export_pipeline(tmp_path / "thesis.txt" / "x", CONFIG, *parts)
+
+
 def test_a_full_folder_is_left_alone(parts, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")

@@ -19,6 +19,7 @@ from carrara import parts, run_folder
 from carrara.command_line import RunFailed, quote, quote_free_text, show_error, split_flags
 from carrara.config import Composed, Config, build, check, compose, resolve, size_of, sweep_overrides
 from carrara.errors import UserError
+from carrara.parts_check import check_judge
 from carrara.signals import EXIT_CODES
 from carrara.world import Relay, World, outside_world
 
@@ -70,24 +71,32 @@ class Job:
 
 def train(job: Job, start: Start) -> None:
     """Trains the parts that are missing, then the run, in its folder."""
-    from carrara.command.train_check import check_modules, check_stages  # here: a misspelt key does not wait for torch
+    from carrara.command.train_check import (  # here: a misspelt key does not wait for torch
+        check_cache,
+        check_modules,
+        check_stages,
+    )
     from carrara.precision import check_machine
 
     config, resumed = _config(job)
-    composed = Composed(config, job.composed.choices, job.composed.size)
+    begun = resumed is not None and _has_all(resumed, config)
+    composed = Composed({**config, "start": None} if begun else config, job.composed.choices, job.composed.size)
     check_modules(config, parts.needed_parts(job.conf_dir, composed, None))  # told before data are made
     if config["dry_run"]:
         _show_plan(job.conf_dir, composed)
         return
     check_machine(config["trainer"])
-    data_fingerprint = build(config["data"]).fingerprint  # one process makes and scans what is missing
-    needed = parts.needed_parts(job.conf_dir, composed, data_fingerprint)
+    data = build(config["data"])
+    # one process makes and scans what is missing
+    needed = parts.needed_parts(job.conf_dir, composed, data.fingerprint)
     devices = config["trainer"]["devices"]
     for part in needed:
         if part.doubt:
             _log.warning("%s", part.doubt)
     needed = parts.imported(needed, Path(config["runs_dir"]))
+    check_cache(config, needed, data)
     parts.train_missing(needed, lambda folder: start(folder, devices))
+    check_judge(parts.folders(needed))
     config = parts.with_parts(config, needed)
     check_stages(config)
     runs_dir = Path(config["runs_dir"])
@@ -96,7 +105,7 @@ def train(job: Job, start: Start) -> None:
         folder = run_folder.newest_unfinished(runs_dir, config)
         if folder is not None:
             _log.info("resuming %s", folder)
-            config = run_folder.continued(run_folder.load_config(folder), _changes(config))
+            config = run_folder.continued(run_folder.load_config(folder), config, run_folder.REQUEUED)
     if folder is None:
         folder = job.folder or run_folder.create_run_folder(runs_dir, config["name"], config["data"]["name"])
     with run_folder.claim(folder):
@@ -119,11 +128,17 @@ def _config(job: Job) -> tuple[Config, Path | None]:
         raise UserError(f"{folder} is finished; more trainer.max_steps=… make it longer")
     if job.world is not None:
         changed += ["trainer.devices", "trainer.num_nodes"]
-    changes = {key: config["trainer"].get(key.removeprefix("trainer.")) for key in changed}
-    if "trainer.max_steps" in changes:
+    if "trainer.max_steps" in changed:
         _check_length(folder, config["trainer"]["max_steps"])
-    saved = run_folder.continued(run_folder.load_config(folder), changes)
+    saved = run_folder.continued(run_folder.load_config(folder), config, changed)
     return {**saved, "dry_run": config["dry_run"]}, folder
+
+
+def _has_all(folder: Path, config: Config) -> bool:
+    """Whether a run has checkpoints that hold all of its network: what it began with is not needed any more."""
+    from carrara.callback.checkpoint_file import checkpoints
+
+    return bool(checkpoints(folder / "checkpoints")) and config["model"].get("lora") is None
 
 
 def _check_length(folder: Path, max_steps: int) -> None:
@@ -138,12 +153,6 @@ def _check_length(folder: Path, max_steps: int) -> None:
     reached = max(checkpoints(folder / "checkpoints"), default=0)
     if max_steps < reached:
         raise UserError(f"trainer.max_steps={max_steps}: {folder} has reached step {reached}; no run is made shorter")
-
-
-def _changes(config: Config) -> dict[str, object]:
-    """What a requeued job may have been given anew: the machine's side of the run."""
-    keys = [key for key in run_folder.CHANGEABLE if key != "trainer.max_steps"]
-    return {key: config["trainer"][key.removeprefix("trainer.")] for key in keys}
 
 
 def _show_plan(conf_dir: Path, composed: Composed) -> None:

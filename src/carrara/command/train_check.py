@@ -4,6 +4,7 @@ import logging
 
 from carrara import run_folder
 from carrara.architecture import check_fit, check_trained, meta_modules
+from carrara.autoencoder.base import Autoencoder
 from carrara.build import (
     Stage,
     build_model,
@@ -14,8 +15,12 @@ from carrara.build import (
     score_makers,
     stages_of,
 )
+from carrara.cache_use import latent_facts, latents_of
 from carrara.config import Config, build, check_settings
-from carrara.parts import STAGES, Part, with_architectures
+from carrara.data.cached import check_facts
+from carrara.data.module import ShardData
+from carrara.errors import UserError
+from carrara.parts import STAGES, Part, folders, with_architectures
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +47,29 @@ def check_modules(config: Config, needed: list[Part]) -> None:
             their_modules, their_model = meta_modules(theirs)
             stages[part.kind] = build_pipeline(theirs, their_modules, stages={}), their_model
     build_pipeline(config, modules, stages=stages)(model)
+
+
+def check_cache(config: Config, needed: list[Part], data: ShardData) -> None:
+    """Latents that the shards hold are of the run's auto-encoder; one that is still to be trained never made them.
+
+    Raises:
+        UserError: they are of another, or settings that latents do not go with.
+    """
+    if data.cached is None:
+        return
+    modules, model = meta_modules(with_architectures(config, needed))
+    found = latents_of(config, data, model)
+    if found is None:
+        return
+    folder = folders(needed).get("autoencoder")
+    if folder is None:
+        raise UserError(
+            "the shards hold latents, and part.autoencoder=auto would train another auto-encoder than made them: name "
+            "theirs with part.autoencoder=…, or set data.use_cache=false"
+        )
+    autoencoder = modules["autoencoder"]
+    assert isinstance(autoencoder, Autoencoder)
+    check_facts(found, latent_facts(folder, autoencoder, data.decoding))
 
 
 def check_stages(config: Config) -> None:

@@ -38,7 +38,8 @@ def export_pipeline(
         config: of the run.
 
     Raises:
-        UserError: the folder holds something already; or all that has no place in such a pipeline, with the keys.
+        UserError: the folder holds something already or cannot be made; or all that has no place in such a pipeline,
+            with the keys.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"export={folder} is there already: name a new folder")
@@ -56,8 +57,11 @@ def export_pipeline(
     assert isinstance(network, UNet) and isinstance(autoencoder, KL) and isinstance(conditioner, Pretrained)
     resolution = config["data"]["resolution"]
     latent = resolution // autoencoder.downsampling
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"export={folder} cannot be made: {error.strerror}") from None
     try:
         unet_node = config["network"]
         _write(
