@@ -195,8 +195,9 @@ def test_pictures_that_do_not_become_latents_are_refused(model):
         check_fit(config, meta_modules(config)[0])
 
 
-def test_buckets_that_do_not_become_latents_are_refused():
-    overrides = ["model=latent_unet", "data.bucket_aspect=2.0", "data.bucket_multiple=6", "size=demo"]
+@pytest.mark.parametrize("model", ["latent_unet", "autoencoder"])
+def test_buckets_that_do_not_become_latents_are_refused(model):
+    overrides = [f"model={model}", "data.bucket_aspect=2.0", "data.bucket_multiple=6", "size=demo"]
     config = compose(CONF, "train", overrides).config
     with pytest.raises(UserError, match=r"data\.bucket_multiple=6: such pictures do not become latents, for .*=4"):
         check_fit(config, meta_modules(config)[0])

@@ -11,6 +11,7 @@ from carrara.callback.checkpoint_file import VerifiedCheckpointIO
 from carrara.command.train_check import check_modules
 from carrara.config import compose
 from carrara.errors import UserError
+from carrara.parts import needed_parts
 from carrara.run_folder import save_config
 from carrara.sampling import SAMPLING_KEYS, check_likelihood, load_weak, set_sampling
 from tests.tiny import classifier_model, diffusion_model, kl
@@ -181,6 +182,24 @@ def test_a_weak_model_of_another_kind_is_refused(config, tmp_path, monkeypatch, 
     monkeypatch.setattr("carrara.sampling.load_trained", lambda folder, checkpoint=None: (theirs, guide, {}))
     with pytest.raises(UserError, match=rf"weak=weak trained {theirs['name']}, which cannot guide {mine['name']}"):
         load_weak("weak", mine, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["model=autoencoder", "autoencoder=gumbel", "trainer.max_steps=200"], "autoencoder.anneal_steps=600 are more"),
+        (["model=dalle", "autoencoder=gumbel", "size.autoencoder.max_steps=200"], "anneal_steps=600 are more than"),
+        (["model=autoencoder", "model.adversarial_weight=0.1"], "model.adversarial_start=5000 is after the last of"),
+        (["model=autoencoder", "autoencoder=gumbel"], None),
+        (["model=autoencoder", "model.adversarial_weight=0.1", "trainer.max_steps=5001"], None),
+    ],
+)
+def test_a_training_that_is_too_short_for_its_settings_is_told(overrides, told, caplog, monkeypatch):
+    composed = compose(CONF, "train", [*overrides, "size=demo"])
+    monkeypatch.setattr(logging.getLogger("carrara"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        check_modules(composed.config, needed_parts(CONF, composed, None))
+    assert len(caplog.records) == (told is not None) and (told or "") in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     """
     if isinstance(own := modules.get("autoencoder"), Autoencoder):
         _check_downsampling(own, "resolution", config["data"]["resolution"])
+        if config["data"]["bucket_aspect"] != 1:
+            _check_downsampling(own, "bucket_multiple", config["data"]["bucket_multiple"])
     if config["data"]["resolution"] % (factor := config["model"].get("factor", 1)):
         raise UserError(f"model.factor={factor} does not divide data.resolution={config['data']['resolution']}")
     if "corruption" in config:
@@ -91,8 +93,6 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     network, conditioner = modules["network"], modules["conditioner"]
     assert isinstance(autoencoder, Autoencoder) and isinstance(conditioner, Conditioner)
     data, width = config["data"], conditioner.width
-    if data["bucket_aspect"] != 1:
-        _check_downsampling(autoencoder, "bucket_multiple", data["bucket_multiple"])
     for height_px, width_px in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):
         shape = autoencoder.latent_shape(height_px, width_px)
         time: tuple[tuple[int, ...], ...] = () if isinstance(network, TarFlow) else ((),)

@@ -50,6 +50,7 @@ _log = logging.getLogger("carrara.worker")  # by name: this module runs as __mai
 
 _VOCABULARY_CAPTIONS = 1_000_000  # more add nothing to a vocabulary
 _MEASURED_IMAGES = 4096  # for the latents' mean and standard deviation, and the components of embeddings
+_MEASURED_AT_ONCE = 16  # on one device, however many share a batch in training, and the same numbers for any of them
 
 
 def run(folder: Path) -> None:
@@ -149,10 +150,7 @@ def _callbacks(
     if "diffusion" in config:
         card["diffusion"] = {key: config["diffusion"][key] for key in ("schedule", "parameterization")}
 
-    def images() -> Iterator[Tensor]:
-        batches = data.train_loader(batch_size)
-        yield from itertools.islice((batch["images"] for batch in batches), -(-_MEASURED_IMAGES // batch_size))
-
+    images = partial(images_to_measure, data)
     return [
         Inputs(data, parts),
         LearnVocabularies(lambda: data.captions(_VOCABULARY_CAPTIONS), data.every_caption),
@@ -174,6 +172,12 @@ def _callbacks(
             partial(_write_adapter, config),
         ),
     ]
+
+
+def images_to_measure(data: ShardData) -> Iterator[Tensor]:
+    """The first training pictures in small batches, uint8."""
+    batches = data.train_loader(_MEASURED_AT_ONCE)
+    yield from itertools.islice((batch["images"] for batch in batches), _MEASURED_IMAGES // _MEASURED_AT_ONCE)
 
 
 def _write_adapter(config: Config, model: Model, folder: Path) -> None:

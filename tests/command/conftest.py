@@ -29,6 +29,7 @@ SHAPES = """
       seed: ${seed}
       cache_dir: ${runs_dir}/cache
       num_workers: 0
+      bucket_aspect: 1.0
 """
 KL = """
     _target_: carrara.autoencoder.kl.KL

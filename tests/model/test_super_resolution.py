@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from carrara import keyed_random
 from carrara.autoencoder.identity import Identity
+from carrara.diffusion.parameterization import EDM
+from carrara.diffusion.schedule import EDM as EDMSchedule
 from carrara.errors import UserError
 from carrara.model.super_resolution import SuperResolutionModel
 from carrara.network.conditioning import Conditioning
@@ -53,6 +55,19 @@ def test_the_network_is_told_the_small_picture_with_keyed_noise_and_how_much():
     torch.testing.assert_close(conditioning.picture, enlarge((1 - s) * small + s * eps, 2))  # the flow schedule's
     few = told(batch([4, 5]))
     assert few.picture is not None and torch.equal(few.picture, conditioning.picture[4:])
+
+
+def test_the_small_picture_is_scaled_as_what_is_denoised():
+    """The noise of EDM at s = 1 is 80 times as wide as a picture."""
+    edm = EDM(0.5)
+    rows = batch(range(64))
+    conditioning = told(rows, objective=objective(EDMSchedule(), edm), max_augmentation=1.0)
+    assert conditioning.picture is not None and conditioning.picture_noise is not None
+    s = conditioning.picture_noise.double()[:, None, None, None]
+    small = shrink(rows["images"].float() / 127.5 - 1, 2)
+    eps = keyed_random.normal(3, rows["positions"], "augmentation_noise", (3, 4, 4))
+    wanted = (small + 80 * s**7 * eps) / (0.25 + (80 * s**7) ** 2).sqrt()
+    torch.testing.assert_close(conditioning.picture, enlarge(wanted.float(), 2), atol=1e-4, rtol=1e-4)
 
 
 def test_the_noise_is_spread_over_what_was_asked_for():

@@ -124,5 +124,5 @@ def test_rotary_positions_need_pairs_of_features():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="3 heads do not divide a width of 8"):
+    with pytest.raises(ValueError, match="a width of 8 is not 3 heads of 1, 2, 3 … features"):
         Attention(8, heads=3)

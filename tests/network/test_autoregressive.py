@@ -146,8 +146,10 @@ def test_each_token_goes_through_the_network_once(network):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"width": 18}, "network.width=18 is not 2 heads"),
-        ({"heads": 8}, "network.width=16 is not 8 heads of 4"),
+        ({"width": 18}, "a width of 18 is not 2 heads"),
+        ({"heads": 8}, "a width of 16 is not 8 heads of 4"),
+        ({"heads": 0}, "a width of 16 is not 0 heads"),
+        ({"heads": -2}, "a width of 16 is not -2 heads"),
         ({"num_codes": 0}, "network.num_codes=0: take a discrete auto-encoder"),
     ],
 )

@@ -177,8 +177,8 @@ def test_the_projections_from_and_to_pixels_are_not_hidden():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": 3}, "3 heads do not divide a width of 16"),
-        ({"width": 12}, "a head has 6 features"),
+        ({"heads": 3}, "a width of 16 is not 3 heads of 4, 8, 12 … features"),
+        ({"width": 12}, "a width of 12 is not 2 heads of 4"),
         ({"text": "none"}, "network.text is 'none', not cross or joint"),
     ],
 )

@@ -110,7 +110,8 @@ def test_every_parameter_is_trained():
     [
         ({"attention": [True]}, "network.channels has 2 levels, network.attention 1"),
         ({"resolution": 7}, "a resolution of 7 cannot be halved 1 times"),
-        ({"heads": 3}, "3 heads do not divide"),
+        ({"heads": 3}, "is not 3 heads"),
+        ({"heads": 0}, "is not 0 heads"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

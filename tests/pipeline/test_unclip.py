@@ -72,6 +72,8 @@ def test_variations_are_of_the_pictures_embedding_and_ways_lead_from_one_to_the_
     torch.testing.assert_close(way.square().mean(1), torch.ones(5))
     pictures = made.varying(images[:1], 3)([""] * 3, range(3), 0)
     assert not torch.allclose(pictures[0], pictures[1], atol=1e-3)  # other noise
+    standing = made.varying(images[:1].expand(2, -1, -1, -1), 3)([""] * 3, range(3), 0)  # from a picture to itself
+    torch.testing.assert_close(standing, standing[:1].expand(3, -1, -1, -1), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("autoregressive", [False, True])

@@ -1,6 +1,7 @@
 """What a run cannot be, told before anything is trained or has a folder."""
 
 import logging
+from collections.abc import Iterator
 
 from carrara import run_folder
 from carrara.architecture import check_fit, check_trained, meta_modules
@@ -20,7 +21,7 @@ from carrara.config import Config, build, check_settings
 from carrara.data.cached import check_facts
 from carrara.data.module import ShardData
 from carrara.errors import UserError
-from carrara.parts import STAGES, Part, folders, with_architectures
+from carrara.parts import STAGES, Part, folders, in_order, with_architectures
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ def check_modules(config: Config, needed: list[Part]) -> None:
     if "diffusion" in config:
         doubt = doubtful_start(build_objective(config), build_sampling(config, modules.get("autoencoder")))
         if doubt is not None:
+            _log.warning("%s", doubt)
+    for one in (config, *(part.config for part in in_order(needed))):
+        for doubt in unreached(one):
             _log.warning("%s", doubt)
     if "corruption" in config:
         build(config["corruption"])
@@ -47,6 +51,23 @@ def check_modules(config: Config, needed: list[Part]) -> None:
             their_modules, their_model = meta_modules(theirs)
             stages[part.kind] = build_pipeline(theirs, their_modules, stages={}), their_model
     build_pipeline(config, modules, stages=stages)(model)
+
+
+def unreached(config: Config) -> Iterator[str]:
+    """What the training of an auto-encoder is too short for."""
+    if config.get("name") != "autoencoder":
+        return
+    steps, model, own = config["trainer"]["max_steps"], config["model"], config["autoencoder"]
+    if own.get("anneal_steps", 0) > steps:
+        yield (
+            f"autoencoder.anneal_steps={own['anneal_steps']} are more than trainer.max_steps={steps}: to the end the "
+            "decoder learns from mixtures of codes, and then it gets single ones"
+        )
+    if model.get("adversarial_weight") and model["adversarial_start"] >= steps:
+        yield (
+            f"model.adversarial_start={model['adversarial_start']} is after the last of trainer.max_steps={steps}: the "
+            "adversary is trained, and nothing learns from it"
+        )
 
 
 def check_cache(config: Config, needed: list[Part], data: ShardData) -> None:

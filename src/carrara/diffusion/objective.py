@@ -52,10 +52,13 @@ class Objective:
         """The network's output as a function of x_t and t: it is given c_in x_t and c_noise(t)."""
 
         def predict(x_t: Tensor, t: Tensor) -> Tensor:
-            c_in = self.parameterization.c_in(*self._coefficients(t, x_t))
-            return network(c_in * x_t, self.schedule.c_noise(t).to(x_t).expand(len(x_t)), conditioning)
+            return network(self.scaled(x_t, t), self.schedule.c_noise(t).to(x_t).expand(len(x_t)), conditioning)
 
         return predict
+
+    def scaled(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """c_in x_t, as a network is given it, for x_t (B, ...) and t () or (B,)."""
+        return self.parameterization.c_in(*self._coefficients(t, x_t)) * x_t
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps for x0, eps (B, ...) and t () or (B,)."""

@@ -69,6 +69,9 @@ class SuperResolutionModel(DiffusionModel):
     def starting_from(self, texts: Conditioning, small: Tensor, s: Tensor, eps: Tensor) -> Conditioning:
         """What the network is told: texts, and small pictures (B, 3, h, w) noised with eps at times s (B,), enlarged.
 
-        The noise is added before the enlargement, where the first stage makes its mistakes.
+        The noise is added before the enlargement, where the first stage makes its mistakes, and the picture is scaled
+        as what is denoised: EDM's noise is up to 80 times as wide.
         """
-        return texts.with_picture(enlarge(self.objective.add_noise(small, eps, s.double()), self.factor), s)
+        t = s.double()
+        noised = self.objective.scaled(self.objective.add_noise(small, eps, t), t)
+        return texts.with_picture(enlarge(noised, self.factor), s)

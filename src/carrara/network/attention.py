@@ -10,6 +10,21 @@ from torch import Tensor, nn
 from carrara.network.cache import Cache
 
 
+def features_of_heads(width: int, heads: int, multiple: int = 1) -> int:
+    """Features of each of the heads that share a width.
+
+    Args:
+        multiple: that they must be of, for rotary positions: 2, in two dimensions 4.
+
+    Raises:
+        ValueError: the width is not so many heads.
+    """
+    if heads < 1 or width % (heads * multiple):
+        sizes = ", ".join(str(k * multiple) for k in (1, 2, 3))
+        raise ValueError(f"a width of {width} is not {heads} heads of {sizes} … features: change heads or width")
+    return width // heads
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q kᵀ / √d) v over the last two dimensions (B, heads, N, d); `mask`, True to attend, broadcasts.
 
@@ -113,8 +128,7 @@ class Attention(nn.Module):
         norm: Callable[[int], nn.Module] = _layer_norm,
     ):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"{heads} heads do not divide a width of {width}")
+        features_of_heads(width, heads)
         context_width = width if context_width is None else context_width
         self.heads = heads
         self.query_norm = norm(width) if qk_norm else nn.Identity()

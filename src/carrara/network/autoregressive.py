@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from carrara.network.attention import Attention, axial_angles, rotary_angles
+from carrara.network.attention import Attention, axial_angles, features_of_heads, rotary_angles
 from carrara.network.cache import Cache
 from carrara.network.dit import sinusoidal_positions
 from carrara.network.layers import RMSNorm, SwiGLU, zero_
@@ -104,12 +104,10 @@ class TextImageTransformer(nn.Module):
         super().__init__()
         if num_codes < 2:
             raise ValueError(f"network.num_codes={num_codes}: take a discrete auto-encoder, autoencoder=vq or gumbel")
-        if width % heads or width // heads % 4:
-            raise ValueError(f"network.width={width} is not {heads} heads of 4, 8, 12 … features")
         self.max_length = max_length
         self.num_codes = num_codes
         self.width = width
-        self.head_width = width // heads
+        self.head_width = features_of_heads(width, heads, 4)
         self.checkpointing = checkpointing
         self.tokenizer = Tokenizer(vocab_size, max_length)
         self.words = nn.Embedding(vocab_size, width)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from carrara.network.attention import Attention, attend, axial_angles, over_grid, rotate
+from carrara.network.attention import Attention, attend, axial_angles, features_of_heads, over_grid, rotate
 from carrara.network.conditioning import Conditioning
 from carrara.network.layers import RMSNorm, SwiGLU, sinusoidal_embedding, zero_
 
@@ -185,17 +185,11 @@ class DiT(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"{heads} heads do not divide a width of {width}")
-        if width // heads % 4:
-            raise ValueError(
-                f"a head has {width // heads} features; rotary positions in two dimensions need 4, 8, 12 …"
-            )
         if text not in ("cross", "joint"):
             raise ValueError(f"network.text is {text!r}, not cross or joint")
         self.patch = patch
         self.width = width
-        self.head_width = width // heads
+        self.head_width = features_of_heads(width, heads, 4)
         self.checkpointing = checkpointing
         self.time_embedding = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled_embedding = nn.Linear(pooled_width, width)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from carrara.network.attention import rotary_angles
+from carrara.network.attention import features_of_heads, rotary_angles
 from carrara.network.autoregressive import Choose, DecoderBlock, continued
 from carrara.network.conditioning import Conditioning
 from carrara.network.embedding_tokens import EmbeddingTokens
@@ -42,10 +42,8 @@ class EmbeddingTransformer(nn.Module):
         expansion: float,
     ):
         super().__init__()
-        if width % heads or width // heads % 2:
-            raise ValueError(f"network.width={width} is not {heads} heads of 2, 4, 6 … features")
         self.num_components = num_components
-        self.head_width = width // heads
+        self.head_width = features_of_heads(width, heads, 2)
         self.tokens = EmbeddingTokens(embedding_width, num_components, num_buckets)
         self.project_pooled = nn.Linear(embedding_width, width)
         self.project_text = nn.Linear(context_width, width)

@@ -81,6 +81,9 @@ class Pyramid:
                 f"network.pyramid.channels has {len(self.channels)} levels, network.pyramid.attention "
                 f"{len(self.attention)}"
             )
+        for name, value in (("patch", self.patch), ("group_width", self.group_width)):
+            if value < 1:
+                raise ValueError(f"network.pyramid.{name}={value}: it must be 1 at least")
         if self.resolution % (self.patch * 2 ** (len(self.channels) - 1)):
             raise ValueError(
                 f"{len(self.channels)} levels of network.pyramid.channels on patches of {self.patch} do not divide a "

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from carrara.network.attention import Attention, axial_angles
+from carrara.network.attention import Attention, axial_angles, features_of_heads
 from carrara.network.cache import Cache
 from carrara.network.conditioning import Conditioning
 from carrara.network.dit import sinusoidal_positions
@@ -167,11 +167,9 @@ class TarFlow(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        if width % heads or width // heads % 4:
-            raise ValueError(f"a width of {width} is not {heads} heads of 4, 8, 12 … features")
         self.patch = patch
         self.width = width
-        self.head_width = width // heads
+        self.head_width = features_of_heads(width, heads, 4)
         hidden = round(expansion * width)
         self.blocks = nn.ModuleList(
             FlowBlock(

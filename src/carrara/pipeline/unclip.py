@@ -1,7 +1,7 @@
 """Pictures of embeddings: of captions through the prior, and variations of pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ class UnCLIP:
         resolution: of the pictures.
         sampling: of the decoder; a weak model does not guide it.
         embeddings: (N, E) of the pictures to vary, see `varying`; picture k is of row k, whatever its caption.
+        one_noise: all pictures have the same, so that they differ by their embeddings alone.
     """
 
     model: UnCLIPModel
@@ -31,6 +32,7 @@ class UnCLIP:
     resolution: int
     sampling: Sampling
     embeddings: Tensor | None = None
+    one_noise: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.prior, EmbeddingPrior):
@@ -55,7 +57,7 @@ class UnCLIP:
         everywhere = torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device)
         positive, negative = conditioner(embeddings), conditioner(conditioner.dropped(embeddings, everywhere))
         shape = self.model.autoencoder.latent_shape(self.resolution, self.resolution)
-        draws = Draws(seed, torch.as_tensor(list(indices)))
+        draws = Draws(seed, torch.as_tensor([0 if self.one_noise else index for index in indices]))
         return self.decode(denoised(self.model, positive, negative, shape, draws, self.sampling, on_step))
 
     @torch.no_grad()
@@ -69,11 +71,13 @@ class UnCLIP:
 
         Args:
             images: (1 or 2, 3, R, R) in [−1, 1].
-            count: of variations; or of steps on the great circle between the embeddings, ends included (section 3.2).
+            count: of variations, each of other noise; or of steps on the great circle between the embeddings, ends
+                included, all of one noise (section 3.2).
         """
         ends = self.model.clip.image_directions(images.to(self.model.device))
         shares = torch.linspace(0, 1, count, device=ends.device)[:, None]
-        return UnCLIP(self.model, self.prior, self.resolution, self.sampling, slerp(ends[:1], ends[-1:], shares))
+        way = slerp(ends[:1], ends[-1:], shares)
+        return replace(self, embeddings=way, one_noise=len(images) == 2)
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
