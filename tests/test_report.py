@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from carrara.report import write_report
 from carrara.report_folder import read_metrics
+from carrara.report_value import read_values
 
 TILE = 32
 VOID = {"meta", "img", "input", "br", "hr", "link"}
@@ -155,7 +156,8 @@ def make_run(root: Path, epochs: int = 6, attack: bool = False) -> Path:
     pairs = [shape_picture(index // 2, 1.0 if index % 2 == 0 else 0.93) for index in range(16)]
     write_grid(samples, f"reconstruction={epochs - 1:04d}", pairs, [{"caption": c} for c in captions[:8]], 4)
     triples = [shape_picture(index // 3, (0.5, 0.93, 1.0)[index % 3]) for index in range(24)]
-    write_grid(samples, f"denoising={epochs - 1:04d}", triples, [{"caption": c} for c in captions[:8]], 9)
+    for way in ("denoising", "enlarged"):
+        write_grid(samples, f"{way}={epochs - 1:04d}", triples, [{"caption": c} for c in captions[:8]], 9)
     steps = 12
     strip = Image.new("RGB", (steps * TILE, 4 * TILE))
     for row in range(4):
@@ -185,7 +187,7 @@ def make_run(root: Path, epochs: int = 6, attack: bool = False) -> Path:
         "scores": final,
         "fingerprint": fields,
         "hash": "d0c5a7",
-        "num_images": {"val": 256, "val_seen": 256},
+        "num_images": {"val/num_images": 256, "val_seen/num_images": 64},
     }
     (run_dir / "scores.json").write_text(json.dumps(scores))
     return run_dir
@@ -206,6 +208,7 @@ def test_page_has_every_section_and_balanced_tags(run_dir: Path) -> None:
         "strip",
         "reconstructions",
         "denoised",
+        "enlarged",
         "table",
         "curves",
         "parts",
@@ -247,6 +250,11 @@ def test_headline_is_the_last_metrics(run_dir: Path) -> None:
     assert page.values() == {f"val/{name}": last[f"val/{name}"] for name in names}
     assert page.text.count("epoch 5, 256 images") == len(names)
     assert f"{100 * last['val/prompt_accuracy/all']:.1f}\u202f%" in page.text
+
+
+def test_each_split_has_its_own_number_of_images(run_dir: Path) -> None:
+    values = read_values(read_metrics(run_dir / "metrics.jsonl"), json.loads((run_dir / "scores.json").read_text()))
+    assert values["val/fd_evaluator"].images == 256 and values["val_seen/fd_evaluator"].images == 64
 
 
 def test_headline_prefers_final_scores_and_warns_of_few_images(run_dir: Path) -> None:
@@ -301,6 +309,7 @@ def test_cut_line_and_not_a_number(run_dir: Path) -> None:
         ("samples/strip.png", "strip"),
         ("samples/reconstruction=0005.png", "reconstructions"),
         ("samples/denoising=0005.png", "denoised"),
+        ("samples/enlarged=0005.png", "enlarged"),
         ("config.yaml", "parts"),
     ],
 )

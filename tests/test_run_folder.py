@@ -1,5 +1,6 @@
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_a_run_is_found_by_its_path_or_its_place(tmp_path, monkeypatch):
 def test_what_may_change_in_a_resumed_run():
     now = {"trainer": {"devices": 2, "batch_size": 4, "max_steps": 7, "timeout_s": 9.0}, "data": {"urls": "elsewhere"}}
     keys = ("trainer.devices", "trainer.max_steps", "trainer.timeout_s", "data.urls")
-    saved = {**CONFIG, "data": {"urls": "here", "resolution": 32}}
+    saved: dict[str, Any] = {**CONFIG, "data": {"urls": "here", "resolution": 32}}
     assert continued(saved, now, keys) == {
         **saved,
         "trainer": {"devices": 2, "batch_size": 8, "max_steps": 7, "timeout_s": 9.0},

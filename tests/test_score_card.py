@@ -8,6 +8,8 @@ from carrara.metric.extractor import INCEPTION_SHA256
 from carrara.score_card import folder_card, score_card
 from tests.tiny import clip
 
+F32 = "32-true"
+
 NODE = {
     "_target_": "carrara.evaluator.clip.CLIP",
     "resolution": 8,
@@ -44,7 +46,7 @@ def config(tmp_path) -> dict[str, Any]:
 
 
 def test_the_card_says_what_the_scores_depend_on(config):
-    card = score_card(config, "d", SCORES)
+    card = score_card(config, "d", F32, SCORES)
     assert card["scores"] == SCORES and len(card["hash"]) == 12
     assert card["num_images"] == {"val/num_images": 128, "val_seen/num_images": 64}
     facts = card["fingerprint"]
@@ -64,7 +66,7 @@ def changed(config: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
 
 
 def test_other_ways_to_sample_are_other_fingerprints(config):
-    first = score_card(config, "d", SCORES)["hash"]
+    first = score_card(config, "d", F32, SCORES)["hash"]
     others = [
         changed(config, "diffusion", "num_steps", value=30),
         changed(config, "diffusion", "spacing", "_target_", value="carrara.diffusion.spacing.Karras"),
@@ -77,47 +79,52 @@ def test_other_ways_to_sample_are_other_fingerprints(config):
         changed(config, "data", "resolution", value=64),
         changed(config, "data", "crop", value="none"),
     ]
-    hashes = [score_card(other, "d", SCORES)["hash"] for other in others]
+    hashes = [score_card(other, "d", F32, SCORES)["hash"] for other in others]
     assert len({first, *hashes}) == 11
-    assert score_card(config, "d", SCORES, weak="w")["hash"] not in {first, *hashes}
-    assert score_card(config, "d", SCORES, likelihood_steps=20)["hash"] not in {first, *hashes}
+    assert score_card(config, "d", "bf16-mixed", SCORES)["hash"] not in {first, *hashes}
+    assert score_card(config, "d", F32, SCORES, weak="w")["hash"] not in {first, *hashes}
+    assert score_card(config, "d", F32, SCORES, likelihood_steps=20)["hash"] not in {first, *hashes}
     trained_otherwise = changed(config, "diffusion", "schedule", "_target_", value="carrara.diffusion.schedule.Cosine")
-    assert score_card(trained_otherwise, "d", SCORES)["hash"] == first  # that is the model's, not the score's
-    assert score_card(config, "d", SCORES | {"val/num_images": 5000.0})["hash"] != first
-    assert score_card(deepcopy(config), "d", SCORES | {"val/fd_evaluator": 1.0})["hash"] == first  # not of the values
-    assert score_card(config | {"name": "renamed"}, "d", SCORES)["hash"] == first
+    assert score_card(trained_otherwise, "d", F32, SCORES)["hash"] == first  # that is the model's, not the score's
+    assert score_card(config, "d", F32, SCORES | {"val/num_images": 5000.0})["hash"] != first
+    assert (
+        score_card(deepcopy(config), "d", F32, SCORES | {"val/fd_evaluator": 1.0})["hash"] == first
+    )  # not of the values
+    assert score_card(config | {"name": "renamed"}, "d", F32, SCORES)["hash"] == first
 
 
 def test_another_evaluator_is_another_fingerprint(config, tmp_path):
     card = {"fingerprint": "f", "data": {}, "scores": {}}
     save_component(tmp_path / "other", "evaluator", NODE, clip(), card)  # other weights
     other = changed(config, "part", "evaluator", value=str(tmp_path / "other"))
-    assert score_card(other, "d", SCORES)["hash"] != score_card(config, "d", SCORES)["hash"]
+    assert score_card(other, "d", F32, SCORES)["hash"] != score_card(config, "d", F32, SCORES)["hash"]
 
 
 def test_other_data_and_inception_are_other_fingerprints(config):
-    first = score_card(config, "d", SCORES)
-    assert score_card(config, "other", SCORES)["hash"] != first["hash"]
-    other = score_card(changed(config, "callback", "score", "inception", value="inception.pt"), "d", SCORES)
+    first = score_card(config, "d", F32, SCORES)
+    assert score_card(config, "other", F32, SCORES)["hash"] != first["hash"]
+    other = score_card(changed(config, "callback", "score", "inception", value="inception.pt"), "d", F32, SCORES)
     assert other["fingerprint"]["extractors"]["inception"] == INCEPTION_SHA256
     assert "inception" not in first["fingerprint"]["extractors"]
 
 
 def test_few_images_are_warned_of(config):
-    assert any("val/fd_evaluator is over 128 images" in line for line in score_card(config, "d", SCORES)["warnings"])
+    assert any(
+        "val/fd_evaluator is over 128 images" in line for line in score_card(config, "d", F32, SCORES)["warnings"]
+    )
     many = SCORES | {"val/num_images": 20_000.0}
-    assert score_card(config, "d", many)["warnings"] == []
-    assert score_card(config, "d", {"val/loss": 1.0})["warnings"] == []  # no distance, nothing to warn of
+    assert score_card(config, "d", F32, many)["warnings"] == []
+    assert score_card(config, "d", F32, {"val/loss": 1.0})["warnings"] == []  # no distance, nothing to warn of
 
 
 def test_a_run_that_samples_nothing_has_a_card_too():
     config = {"data": {"resolution": 32, "crop": "center"}, "callback": {"score": {}}, "part": {}}
-    facts = score_card(config, "d", {"val/psnr": 30.0, "val/num_images": 8.0})["fingerprint"]
+    facts = score_card(config, "d", F32, {"val/psnr": 30.0, "val/num_images": 8.0})["fingerprint"]
     assert facts["sampling"] is None and facts["extractors"] == {}
 
 
 def test_a_folder_of_pictures_has_a_card(config):
-    card = folder_card({"fd_evaluator": 1.0}, {"evaluator": "hash"}, "d", 100, 50, 32)
+    card = folder_card({"fd_evaluator": 1.0}, {"evaluator": "hash"}, "d", F32, 100, 50, 32)
     assert card["num_images"] == {"num_real": 100, "num_generated": 50}
     assert card["fingerprint"]["sampling"] is None and "over 50 images" in card["warnings"][0]
-    assert folder_card({"fd_evaluator": 1.0}, {"evaluator": "hash"}, "d", 100, 60, 32)["hash"] != card["hash"]
+    assert folder_card({"fd_evaluator": 1.0}, {"evaluator": "hash"}, "d", F32, 100, 60, 32)["hash"] != card["hash"]

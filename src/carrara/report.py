@@ -217,6 +217,7 @@ def render(run_dir: Path) -> str:
         strip=strip,
         reconstructions=read_previews(run_dir / "samples", "reconstruction", width=2)[::-1],
         denoised=read_previews(run_dir / "samples", "denoising", width=3)[::-1],
+        enlarged=read_previews(run_dir / "samples", "enlarged", width=3)[::-1],
         charts=charts(metrics),
         epochs=epoch_table(metrics),
         parts=parts(run_dir, config),

@@ -48,11 +48,11 @@ class Value:
 
 
 def _images(name: str, given: Mapping[str, object], metrics: Metrics) -> int | None:
-    """The images behind a score: listed by its name or split, else the fewest listed, else logged."""
+    """The images behind a score: listed by its split, else the fewest listed, else logged."""
     split = split_name(name)[0]
     listed = {key: int(value) for key, value in given.items() if isinstance(value, int | float) and isfinite(value)}
     if listed:
-        return listed.get(name, listed.get(split, min(listed.values())))
+        return listed.get(f"{split}/num_images", min(listed.values()))
     logged = metrics.last(f"{split}/num_images") or metrics.last("val/num_images")
     return int(logged) if logged and isfinite(logged) else None
 

@@ -14,13 +14,19 @@ SAMPLING = ("sampler", "spacing", "guidance", "thresholding", "num_steps")  # wh
 
 
 def score_card(
-    config: Config, data: str, scores: dict[str, float], weak: str | None = None, likelihood_steps: int | None = None
+    config: Config,
+    data: str,
+    precision: str,
+    scores: dict[str, float],
+    weak: str | None = None,
+    likelihood_steps: int | None = None,
 ) -> dict[str, Any]:
     """The card of a run's scores.
 
     Args:
         config: the run's, as it was sampled.
         data: fingerprint of the validation set.
+        precision: as `choose_precision` has it.
         scores: by name, `val/…` and `val_seen/…`.
         weak: the hash of the model that guided, with autoguidance.
         likelihood_steps: of the bits per dimension, if they were computed.
@@ -46,20 +52,29 @@ def score_card(
         sampling=sampling,
         ema=True,
         seed=score.get("seed"),
+        precision=precision,
     )
     return _card(scores, fields, counts)
 
 
 def folder_card(
-    scores: dict[str, float], extractors: dict[str, str], data: str, num_real: int, num_generated: int, resolution: int
+    scores: dict[str, float],
+    extractors: dict[str, str],
+    data: str,
+    precision: str,
+    num_real: int,
+    num_generated: int,
+    resolution: int,
 ) -> dict[str, Any]:
     """The card of the scores of a folder of pictures.
 
     Args:
         extractors: of `extractor_hashes`.
-        data: fingerprint of the validation set.
+        data, precision: as of `score_card`.
     """
-    fields = ScoreFingerprint(extractors, data, num_real, num_generated, f"{resolution} center", None, None, None)
+    fields = ScoreFingerprint(
+        extractors, data, num_real, num_generated, f"{resolution} center", None, None, None, precision
+    )
     return _card(scores, fields, {"num_real": num_real, "num_generated": num_generated})
 
 
@@ -74,8 +89,9 @@ def extractor_hashes(part: Mapping[str, Any], inception: str | None) -> dict[str
 def _card(scores: dict[str, float], fields: ScoreFingerprint, counts: dict[str, int]) -> dict[str, Any]:
     digest, facts = score_fingerprint(fields)
     distances = [name for name in scores if name.rpartition("/")[2].startswith(("fd_", "fid_"))]
-    number = min(fields.num_real, fields.num_generated)
-    warnings = [warning for name in distances if (warning := few_images_warning(name, number))]
+    fewest = min(fields.num_real, fields.num_generated)
+    numbers = {name: counts.get(f"{name.rpartition('/')[0]}/num_images", fewest) for name in distances}
+    warnings = [warning for name, number in numbers.items() if (warning := few_images_warning(name, number))]
     return {
         "scores": scores,
         "fingerprint": facts,

@@ -49,14 +49,15 @@ def run(out: Path) -> None:
         return Setting(data.validation, rank, world, device, autocast, out if rank == 0 else None, 0)
 
     with torch.no_grad():
-        card = _of_run(order, setting) if order["run"] is not None else _of_folder(order, setting)
+        made = _of_run if order["run"] is not None else _of_folder
+        card = made(order, precision, setting)
     if rank == 0:
         (out / "scores.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
     if world > 1:
         torch.distributed.destroy_process_group()
 
 
-def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
+def _of_run(order: Config, precision: str, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
     config, model, modules = load_trained(Path(order["run"]), order["part"]["classifier"])
     set_sampling(config, Path(order["conf_dir"]), order)
     set_scores(config, order)
@@ -75,7 +76,7 @@ def _of_run(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str,
         scorers.append(Likelihood(steps, score["seed"], score["num_images"], score["batch_size"]))
     for one in scorers:
         scores |= one(model, where)
-    return score_card(config, data.validation.fingerprint, scores, weak_hash, steps)
+    return score_card(config, data.validation.fingerprint, precision, scores, weak_hash, steps)
 
 
 def set_scores(config: Config, order: Config) -> None:
@@ -95,7 +96,7 @@ def set_scores(config: Config, order: Config) -> None:
             node[key] = order[key]
 
 
-def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
+def _of_folder(order: Config, precision: str, setting: Callable[[ShardData], Setting]) -> dict[str, Any]:
     data: ShardData = build({**order["data"], "seed": 0})  # of training's order; null, the run's, is no number
     where = setting(data)
     part, device = order["part"], where.device
@@ -127,7 +128,8 @@ def _of_folder(order: Config, setting: Callable[[ShardData], Setting]) -> dict[s
         with where.autocast():
             judge.add_real(batch["images"].to(where.device), batch["positions"])
     extractors = extractor_hashes(part, order["inception"])
-    return folder_card(judge.compute(), extractors, data.validation.fingerprint, len(real), len(files), resolution)
+    counts = len(real), len(files)
+    return folder_card(judge.compute(), extractors, data.validation.fingerprint, precision, *counts, resolution)
 
 
 def _picture(path: Path, resolution: int) -> torch.Tensor:

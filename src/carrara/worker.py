@@ -82,7 +82,7 @@ def run(folder: Path) -> None:
         max_epochs=-1,
         accumulate_grad_batches=settings["accumulate"],
         gradient_clip_val=settings["gradient_clip"],
-        callbacks=_callbacks(config, folder, data, model, modules, log),
+        callbacks=_callbacks(config, folder, data, model, modules, log, precision),
         plugins=_plugins(),
         logger=[log, *_wandb(config, folder, epoch_steps)],
         deterministic=settings["deterministic"],
@@ -124,7 +124,13 @@ def run(folder: Path) -> None:
 
 
 def _callbacks(
-    config: Config, folder: Path, data: ShardData, model: Any, modules: dict[str, nn.Module], log: JsonLines
+    config: Config,
+    folder: Path,
+    data: ShardData,
+    model: Any,
+    modules: dict[str, nn.Module],
+    log: JsonLines,
+    precision: str,
 ) -> list[Callback]:
     settings, node = config["trainer"], config["callback"]
     batch_size, epoch_steps = settings["batch_size"], log.steps_per_epoch
@@ -168,16 +174,17 @@ def _callbacks(
             ema,
             evaluation,
             card,
-            partial(score_card, config, data.validation.fingerprint),
+            partial(score_card, config, data.validation.fingerprint, precision),
             partial(_write_adapter, config),
         ),
     ]
 
 
 def images_to_measure(data: ShardData) -> Iterator[Tensor]:
-    """The first training pictures in small batches, uint8."""
-    batches = data.train_loader(_MEASURED_AT_ONCE)
-    yield from itertools.islice((batch["images"] for batch in batches), _MEASURED_IMAGES // _MEASURED_AT_ONCE)
+    """The first training pictures in small batches, uint8; of each of the data's groups as many, as in training."""
+    at_once = max(1, _MEASURED_AT_ONCE // data.groups) * data.groups
+    batches = data.train_loader(at_once)
+    yield from itertools.islice((batch["images"] for batch in batches), -(-_MEASURED_IMAGES // at_once))
 
 
 def _write_adapter(config: Config, model: Model, folder: Path) -> None:

@@ -189,6 +189,24 @@ def test_the_clock_saves_too(tmp_path, monkeypatch):
     assert steps(tmp_path) == [2, 4, 5]
 
 
+def test_the_clock_does_not_save_in_the_middle_of_an_accumulated_step(tmp_path, monkeypatch):
+    """Such a checkpoint says that its step is made, and Lightning goes on from its half: other steps than without."""
+    monkeypatch.setattr(checkpoint_module, "_CLOCK_STEPS", 2)
+    ema = EMA(0.9)
+    saver = Checkpoints(tmp_path, 1e9, 1000, retention(9, None, 0, dict), 8, ema)
+
+    class Late(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 4:  # the first micro-batch after step 2
+                saver.saved_at = -1e12
+
+    one = trainer(
+        tmp_path, ema, saver, Late(), max_steps=5, accumulate_grad_batches=2, plugins=[VerifiedCheckpointIO()]
+    )
+    one.fit(diffusion_model(), batches(10))
+    assert steps(tmp_path) == [4, 5]
+
+
 def test_accumulation_saves_once_a_step(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from carrara.callback import inputs as inputs_module
 from carrara.callback.inputs import Inputs
 from carrara.data.module import ShardData
 from carrara.errors import UserError
@@ -62,6 +63,27 @@ def test_what_is_taken_of_the_shards_counts(shards):
             go_on(shards, shards, **changes)
     with pytest.raises(UserError, match=r"data\.val_urls: 1\.tar and 1 more gone"):
         go_on(shards, shards, val_urls=[str(shards[0])])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"later": 2}, "data.urls is not"), ({"parts": {**PARTS, "evaluator": "b" * 64}}, "part.evaluator is not")],
+)
+def test_a_machine_with_other_contents_is_named_before_the_first_step(shards, monkeypatch, changes, said):
+    """Each rank would deal out an order of its own: samples lost, others seen twice."""
+    trainer: Any = None
+    sent: list[dict[str, str]] = []
+
+    def gather(trainer, value):
+        sent.append(value)
+        return [*sent]
+
+    monkeypatch.setattr(inputs_module, "gather", gather)
+    Inputs(data(shards), PARTS).on_fit_start(trainer, trainer)
+    Inputs(data(shards), PARTS).on_fit_start(trainer, trainer)
+    other = Inputs(data(shards[: changes.get("later")]), changes.get("parts", PARTS))
+    with pytest.raises(UserError, match=f"{said} the same on all machines: rank 2 finds other contents"):
+        other.on_fit_start(trainer, trainer)
 
 
 def test_other_parts_are_named(shards):

@@ -16,7 +16,7 @@ from carrara.callback.guard import Guard
 from carrara.callback.log import JsonLines
 from carrara.callback.progress import Progress
 from carrara.model.diffusion import DiffusionModel
-from tests.tiny import Validation, autoencoder_model, batches, diffusion_model, trainer
+from tests.tiny import Stream, Validation, autoencoder_model, batches, diffusion_model, trainer
 
 
 def logged(tmp_path, model, every: int, steps: int, stream=None, scores=(), epoch=10**6, **changes) -> list[dict]:
@@ -94,6 +94,31 @@ def test_the_rate_is_that_of_training_alone(tmp_path, monkeypatch):
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     assert rates == pytest.approx([4, 4, 4])
     assert sum("val/loss" in row for row in rows) == 3
+
+
+def test_waiting_for_data_counts(tmp_path, monkeypatch):
+    """By a clock on which a batch is waited for 3 s and trained on for 1 s; the wait for the very first is start-up."""
+    now = [0.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0))
+    model = diffusion_model()
+    step = model.training_step
+
+    def tick(batch, batch_idx):
+        now[0] += 1
+        return step(batch, batch_idx)
+
+    model.training_step = tick  # type: ignore[method-assign]
+    rows = iter(batches(6).rows)
+
+    class Slow(Stream):
+        def __iter__(self):
+            for row in rows:
+                now[0] += 3
+                yield row
+
+    logged_rows = logged(tmp_path, model, 2, 6, Slow(batches(6).rows))
+    rates = [row["images_per_second"] for row in logged_rows if "images_per_second" in row]
+    assert rates[1:] == pytest.approx([1, 1]) and 1 <= rates[0] < 2
 
 
 def test_skipped_samples_are_counted_by_reason(tmp_path):

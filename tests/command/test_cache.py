@@ -18,7 +18,7 @@ from carrara.command.train_check import check_cache
 from carrara.component import load_component, save_component
 from carrara.conditioner.pretrained import Pretrained
 from carrara.config import build, compose
-from carrara.data.cached import facts_of
+from carrara.data.cached import decoded_bytes, facts_of
 from carrara.data.module import ShardData
 from carrara.data.reader import Use
 from carrara.data.shard_index import scan
@@ -369,3 +369,19 @@ def test_the_auto_encoder_of_cached_shards_is_named_before_another_is_trained(ma
     check_cache(run.config, named[:1], there)
     with pytest.raises(UserError, match=r"cache was made with autoencoder="):
         check_cache(run.config, named[1:], there)
+
+
+def test_what_is_kept_in_memory_is_counted_as_it_is_kept(make, tmp_path):
+    """Tokens are many times as large as the picture that they are beside."""
+    folder = make()
+    one = data(tmp_path, f"{folder}/*.tar")
+    sample = one.train_loader(1, use="latents_and_text").samples.load(0)
+    assert sample.cached is not None and one.cached is not None
+    sizes = [array.nbytes for array in sample.cached if array is not None]
+    uses: tuple[Use, ...] = ("latents", "latents_and_text")
+    each = {use: decoded_bytes(one.cached, use == "latents_and_text") for use in uses}
+    assert sum(sizes[:2]) == each["latents"] and sum(sizes) <= each["latents_and_text"]
+    for use, bytes_each in each.items():
+        for spare, kept in ((0, True), (-1, False)):
+            limited = data(tmp_path, f"{folder}/*.tar", memory_limit=bytes_each * one.num_train + spare)
+            assert limited.train_loader(1, use=use).samples.keep == kept

@@ -105,16 +105,27 @@ def test_many_processes_find_the_same(tmp_path, write_shard, sample):
     assert look(tmp_path, *paths, processes=3).as_json() == look(tmp_path, *paths).as_json()
 
 
-def test_a_picture_that_crashes_the_decoder_costs_its_shard_alone(tmp_path, write_shard, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("bad", ["b", "ag"])
+def test_a_picture_that_crashes_the_decoder_costs_its_shard_alone(tmp_path, write_shard, monkeypatch, processes, bad):
     def load(self, sample, u=()):
-        if "b.tar" in self.reader.key(sample):
+        if self.reader.key(sample)[0] in bad:
             os._exit(11)
 
+    alone: list[int] = []
+    examine_alone = doctor_module._examine_alone
+
+    def noted(one, manifest, item):
+        alone.append(item[0])
+        return examine_alone(one, manifest, item)
+
     monkeypatch.setattr(doctor_module.Samples, "load", load)
-    paths = [write_shard(f"{name}.tar", range(4)) for name in "abc"]
-    health = look(tmp_path, *paths, processes=2)
-    assert [bool(shard.unusable) for shard in health.shards] == [False, True, False]
-    assert "crashed" in health.shards[1].unusable
+    monkeypatch.setattr(doctor_module, "_examine_alone", noted)
+    paths = [write_shard(f"{name}.tar", range(4)) for name in "abcdefg"]
+    health = look(tmp_path, *paths, processes=processes)
+    assert [bool(shard.unusable) for shard in health.shards] == [name in bad for name in "abcdefg"]
+    assert all("crashed" in shard.unusable for shard in health.shards if shard.unusable)
+    assert len(alone) <= len(bad) * processes  # the rest go on side by side
 
 
 def test_gigantic_pictures_are_judged_by_their_header(tmp_path, write_shard, sample):

@@ -208,3 +208,11 @@ def test_numbers_out_of_range_are_named(shards, tmp_path, setting):
     ((key, value),) = setting.items()
     with pytest.raises(UserError, match=rf"data\.{key}.* {value}|data\.{key}={value}"):
         data(shards, tmp_path, **setting)
+
+
+def test_metadata_that_no_parser_gets_through_are_none(write_shard, sample, tmp_path):
+    """As a scan has it: they would end every evaluation, and a run that has begun takes no other shards."""
+    hostile = {"0": {**sample(0), "json": b"[" * 100_000}, "1": {**sample(1), "json": b"{"}}
+    one = data([write_shard("a.tar", hostile)], tmp_path, val_urls=[str(write_shard("v.tar", hostile))])
+    assert [one.validation.metadata(index) for index in range(2)] == [{}, {}]
+    assert len(one.validation.held_out) == 2

@@ -1,5 +1,7 @@
 """The order of samples: every one once an epoch, and a function of seed and epoch alone."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -102,15 +104,37 @@ def test_the_shards_ahead_are_those_of_the_next_window(window, groups):
     for position in range(0, 4 * len(one), 2):
         shards = set((np.searchsorted(STARTS, one.take(position, position + 2), side="right") - 1).tolist())
         missed |= shards - told - missed if position >= len(one) else set()
-        told |= set(one.ahead(position).tolist())
-        assert len(one.ahead(position)) <= window * groups
+        told |= set(one.ahead(position, position + 2).tolist())
+        assert len(one.ahead(position, position + 2)) <= window * groups
     assert not missed and told == {0, 2, 3, 4, 5, 6}
 
 
-def test_a_substitute_is_eligible_and_always_the_same():
-    found = [stream().substitute(p, a) for p in range(200) for a in range(3)]
-    assert found == [stream().substitute(p, a) for p in range(200) for a in range(3)]
+def test_a_node_is_told_the_shards_of_its_group_alone():
+    one = stream(window=1, groups=3, global_batch=12)
+    shards = np.flatnonzero([MASK[a:b].any() for a, b in pairwise(STARTS.tolist())])
+    for group in range(3):
+        told = [one.ahead(12 * k + 4 * group, 12 * k + 4 * group + 4).tolist() for k in range(40)]
+        assert {shard for ahead in told for shard in ahead} == set(shards[group::3].tolist())
+    assert sorted(one.ahead(0, 12)) == sorted(shard for g in range(3) for shard in one.ahead(4 * g, 4 * g + 4))
+
+
+@pytest.mark.parametrize("options", [{"window": 2}, {"window": 1, "groups": 3, "global_batch": 12}])
+def test_a_substitute_is_eligible_and_always_the_same(options):
+    found = [stream(**options).substitute(p, a) for p in range(200) for a in range(6)]
+    one = stream(**options)
+    assert found == [one.substitute(p, a) for p in range(200) for a in range(6)]
     assert set(found) == set(IDS.tolist())
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 3, "global_batch": 12}])
+def test_a_substitute_is_first_looked_for_where_the_sample_is(options):
+    """A shard that lies far away would be fetched for it alone."""
+    one = stream(window=1, **options)
+    for position, sample in enumerate(one.take(0, 2 * len(IDS)).tolist()):
+        found = [sample, *(one.substitute(position, attempt) for attempt in range(3))]
+        shards = (np.searchsorted(STARTS, found, side="right") - 1).tolist()
+        alone = np.count_nonzero(MASK[STARTS[shards[0]] : STARTS[shards[0] + 1]]) == 1
+        assert alone or (len(set(shards)) == 1 and sample not in found[1:])
 
 
 def test_uniforms_belong_to_a_position():

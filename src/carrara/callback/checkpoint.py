@@ -64,8 +64,11 @@ class Checkpoints(Callback):
         self.batch_size = batch_size
         self.ema = ema
         self.step = 0
-        self._tried = 0
+        self._seen = 0
         self.saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._seen = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -76,7 +79,10 @@ class Checkpoints(Callback):
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
-        if step not in (self.step, self._tried) and self._due(trainer, step):
+        if step == self._seen:  # in the middle of an accumulated step, from which nothing could go on
+            return
+        self._seen = step
+        if self._due(trainer, step):
             self.save(trainer, pl_module)
 
     def save(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -92,7 +98,7 @@ class Checkpoints(Callback):
         if step == self.step:
             return
         self._check_finite(pl_module, step)
-        self._tried, self.saved_at = step, time.monotonic()
+        self.saved_at = time.monotonic()
         trainer.save_checkpoint(self.folder / checkpoint_name(step))
         writer = trainer.strategy.checkpoint_io
         assert isinstance(writer, VerifiedCheckpointIO)

@@ -7,6 +7,8 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from carrara.callback.ranks import gather
+from carrara.config import fingerprint
 from carrara.data.manifest import Manifest
 from carrara.data.module import ShardData
 from carrara.errors import UserError
@@ -31,6 +33,21 @@ class Inputs(Callback):
             "data": data.fingerprint,
         }
 
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Ranks that see other shards would each deal out an order of their own.
+
+        Raises:
+            UserError: on all ranks, which one does and in what.
+        """
+        seen = gather(trainer, {key: fingerprint(value) for key, value in _by_key(self.inputs).items()})
+        for rank, theirs in enumerate(seen):
+            differing = [key for key in theirs if theirs[key] != seen[0][key]]
+            if differing:
+                raise UserError(
+                    f"{differing[0]} is not the same on all machines: rank {rank} finds other contents there than rank "
+                    "0; copy them anew"
+                )
+
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -50,6 +67,12 @@ class Inputs(Callback):
                 f"this run cannot go on: {change}. Put back what it was trained with so far, or start a new run, "
                 "without resume"
             )
+
+
+def _by_key(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """By what a user would look at."""
+    shards = {f"data.{key}": value for key, value in inputs["shards"].items()}
+    return {**shards, **{f"part.{key}": value for key, value in inputs["parts"].items()}, "data": inputs["data"]}
 
 
 def _shards(manifest: Manifest) -> Shards:

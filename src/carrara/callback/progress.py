@@ -45,6 +45,7 @@ class Progress(Callback):
         self.headline = headline
         self.guard = guard
         self.bar: tqdm[None] | None = None
+        self.start: float | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -61,7 +62,8 @@ class Progress(Callback):
             self.bar = tqdm(total=total, initial=self.step * self.batch_size, unit="img", dynamic_ncols=True)
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.start = time.monotonic() - self.evaluation.seconds
+        if self.start is None:  # not before: starting workers is done once
+            self.start = time.monotonic() - self.evaluation.seconds
 
     def on_train_batch_end(
         self,
@@ -71,7 +73,9 @@ class Progress(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.seconds += time.monotonic() - self.evaluation.seconds - self.start
+        now = time.monotonic() - self.evaluation.seconds
+        assert self.start is not None
+        self.seconds, self.start = self.seconds + now - self.start, now  # with the wait for the next batch
         for name, value in outputs.items():
             value = value.detach().float()
             if name == "loss":  # Lightning hands it on divided

@@ -133,21 +133,25 @@ class BucketedStream:
 
     def take(self, start: int, stop: int) -> NDArray[np.int64]:
         """Sample ids at positions start ... stop - 1, which lie in one global batch."""
-        k, offset = divmod(start, self.global_batch)
-        bucket, i = self.turns.at(k)
-        first = i * self.global_batch + offset
+        bucket, first = self._within(start)
         return self.streams[bucket].take(first, first + stop - start)
 
     def size(self, position: int) -> Size:
         """Of the pictures of the global batch that this position is in."""
         return self.sizes[self.turns.at(position // self.global_batch)[0]]
 
-    def ahead(self, position: int) -> NDArray[np.int64]:
-        """As of `Stream`, for the bucket of this position."""
-        bucket, i = self.turns.at(position // self.global_batch)
-        return self.streams[bucket].ahead(i * self.global_batch)
+    def ahead(self, start: int, stop: int) -> NDArray[np.int64]:
+        """As of `Stream`, for positions that lie in one global batch."""
+        bucket, first = self._within(start)
+        return self.streams[bucket].ahead(first, first + stop - start)
 
     def substitute(self, position: int, attempt: int) -> int:
         """As of `Stream`, of the same bucket."""
-        bucket, _ = self.turns.at(position // self.global_batch)
-        return self.streams[bucket].substitute(position, attempt)
+        bucket, first = self._within(position)
+        return self.streams[bucket].substitute(first, attempt)
+
+    def _within(self, position: int) -> tuple[int, int]:
+        """The bucket of this position, and the position in its stream."""
+        k, offset = divmod(position, self.global_batch)
+        bucket, i = self.turns.at(k)
+        return bucket, i * self.global_batch + offset

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -62,6 +63,12 @@ def facts_of(data: bytes) -> str:
         return _text(facts) if isinstance(facts, dict) and len(str(found)) <= _LONGEST_FACTS else ""
     except Exception:  # as in `_arrays`
         return ""
+
+
+def decoded_bytes(facts: Mapping[str, Any], text: bool) -> int:
+    """What a sample takes at most once it is unpacked, of the facts that a run has found to be its own."""
+    values = 2 * math.prod(map(int, facts["latent_shape"].split("x")))
+    return 4 * (values + ((facts["max_length"] + 1) * facts["text_width"] if text else 0))
 
 
 def shape_text(shape: Sequence[int]) -> str:

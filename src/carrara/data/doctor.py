@@ -4,8 +4,8 @@ import json
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -108,8 +108,9 @@ def examine(
     """The health of shards, every eligible sample decoded, in so many `processes` (default: one a core)."""
     scanned = scan_all(paths, cache_dir, decoding.caption, cache)
     manifest = Manifest(tuple(shard for shard in scanned if isinstance(shard, Shard)))
-    work = list(enumerate(judge(manifest, decoding.caption, filters))) if manifest.shards else []
-    usable = iter(_decode_all(manifest, cache, decoding, work, processes))
+    work = enumerate(judge(manifest, decoding.caption, filters)) if manifest.shards else iter(())
+    found = _decode_all(manifest, cache, decoding, work, processes)
+    usable = iter([found[number] for number in range(len(manifest.shards))])
     shards = [
         ShardHealth(path, unusable=str(shard)) if isinstance(shard, UserError) else next(usable)
         for path, shard in zip(paths, scanned, strict=True)
@@ -120,32 +121,55 @@ def examine(
 Work = tuple[int, NDArray[np.str_]]  # a shard, and why its samples are left out before they are decoded
 
 
+_examine: Callable[[Work], ShardHealth]  # in a child process
+
+
 def _decode_all(
-    manifest: Manifest, cache: ShardCache, decoding: Decoding, work: Sequence[Work], processes: int | None
-) -> list[ShardHealth]:
+    manifest: Manifest, cache: ShardCache, decoding: Decoding, work: Iterator[Work], processes: int | None
+) -> dict[int, ShardHealth]:
+    """By shard. What a library crashes on costs its shard, and no other: each is read in a child process."""
     one = partial(_examine_one, manifest, cache, decoding)
-    count = min(processes or len(os.sched_getaffinity(0)), len(work))
-    if count <= 1:
-        return list(map(one, work))
-    results: list[ShardHealth] = []
-    # fork, as in `manifest`; what a library crashes on costs its shard, and no other
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork")) as pool:
-        pending = [pool.submit(one, item) for item in work]
-        for item, future in zip(work, pending, strict=True):
-            try:
-                results.append(future.result())
-            except BrokenProcessPool:
-                results.append(_examine_alone(one, manifest, item))
-    return results
-
-
-def _examine_alone(one: partial[ShardHealth], manifest: Manifest, item: Work) -> ShardHealth:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+    count = min(processes or len(os.sched_getaffinity(0)), max(1, len(manifest.shards)))
+    found: dict[int, ShardHealth] = {}
+    item = next(work, None)
+    while item is not None:
+        running: dict[Future[ShardHealth], Work] = {}
         try:
-            return pool.submit(one, item).result()
+            with _children(count, one) as pool:
+                while item is not None or running:
+                    while item is not None and len(running) < count:  # no more: these are looked at anew after a crash
+                        running[pool.submit(_examine_here, item)] = item
+                        item = next(work, None)
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        found[running[future][0]] = future.result()
+                        del running[future]
         except BrokenProcessPool:
-            path = manifest.shards[item[0]].path
-            return ShardHealth(path, unusable="a decoder crashed on it (or was out of memory)")
+            for suspect in running.values():
+                found[suspect[0]] = _examine_alone(one, manifest, suspect)
+    return found
+
+
+def _children(count: int, one: Callable[[Work], ShardHealth]) -> ProcessPoolExecutor:
+    # fork, as in `manifest`: what a child begins with is there, and not sent with every shard
+    return ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (one,))
+
+
+def _begin(one: Callable[[Work], ShardHealth]) -> None:
+    global _examine
+    _examine = one
+
+
+def _examine_here(item: Work) -> ShardHealth:
+    return _examine(item)
+
+
+def _examine_alone(one: Callable[[Work], ShardHealth], manifest: Manifest, item: Work) -> ShardHealth:
+    try:
+        with _children(1, one) as pool:
+            return pool.submit(_examine_here, item).result()
+    except BrokenProcessPool:
+        path = manifest.shards[item[0]].path
+        return ShardHealth(path, unusable="a decoder crashed on it (or was out of memory)")
 
 
 def _examine_one(manifest: Manifest, cache: ShardCache, decoding: Decoding, item: Work) -> ShardHealth:

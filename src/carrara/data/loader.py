@@ -74,7 +74,7 @@ class OrderedSource:
             start = self.share.start(m)
             ids = self.stream.take(start, start + self.share.size)
             draws = uniforms(self.stream.seed, start, self.share.size)
-            self.reader.prefetch(self.stream.ahead(start))
+            self.reader.prefetch(self.stream.ahead(start, start + self.share.size))
             size = self.stream.size(start) if isinstance(self.stream, BucketedStream) else None
             for position, sample, u in zip(itertools.count(start), ids.tolist(), draws.tolist(), strict=False):
                 self.held += 1

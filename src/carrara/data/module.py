@@ -15,6 +15,7 @@ from torch import Tensor
 
 from carrara.data.buckets import BucketedStream, bucket_sizes, nearest_bucket
 from carrara.data.cache import ShardCache
+from carrara.data.cached import decoded_bytes
 from carrara.data.decode import Crop
 from carrara.data.eligibility import eligible
 from carrara.data.loader import Loader, Share, Stage
@@ -119,17 +120,21 @@ class ShardData:
             val_eligible, _ = eligible(self.val_manifest, caption, filters or {})
             self.train, val_ids = self.eligible, hash_order(self.val_manifest, val_eligible, val_samples)
 
-        def fits(count: int) -> bool:
-            return 3 * resolution**2 * count <= memory_limit
-
         open_shards = min(256, 2 * shuffle_window)
         cache = ShardCache(cache_dir, cache_bytes)
         self.num_train = int(self.train.sum())
-        self.in_memory = fits(self.num_train) and crop != "random"
+        self.memory_limit = memory_limit
+        self.in_memory = self._fits(self.num_train, 3 * resolution**2) and crop != "random"
         self._samples = Samples(ShardReader(self.manifest, open_shards, cache), self.decoding, keep=self.in_memory)
         as_scored = Decoding(resolution, caption, "none" if crop == "none" else "center", max_pixels=max_pixels)
         val_reader = ShardReader(self.val_manifest, open_shards, cache)
-        self.validation = ValidationSet(Samples(val_reader, as_scored, keep=fits(len(val_ids))), val_ids)
+        self.validation = ValidationSet(
+            Samples(val_reader, as_scored, keep=self._fits(len(val_ids), 3 * resolution**2)), val_ids
+        )
+
+    def _fits(self, count: int, each: int) -> bool:
+        """Whether so many samples of so many bytes are kept in memory."""
+        return count * each <= self.memory_limit
 
     def train_loader(
         self,
@@ -154,14 +159,16 @@ class ShardData:
             stream = BucketedStream(self.train, self._buckets, self.sizes, *ordering)
         samples = self._samples
         if use != "pictures":
-            samples = Samples(samples.reader, self.decoding, self.in_memory, use)
+            assert self.cached is not None
+            keep = self._fits(self.num_train, decoded_bytes(self.cached, use == "latents_and_text"))
+            samples = Samples(samples.reader, self.decoding, keep, use)
         return Loader(
             samples,
             stream,
             Share(global_batch, rank, world, accumulate),
             steps_per_epoch or max(1, self.num_train // global_batch),
             start_position=position,
-            num_workers=0 if self.in_memory else self.num_workers,
+            num_workers=0 if samples.keep else self.num_workers,
             stages=self.stages,
             max_bad_fraction=self.max_bad_fraction,
         )

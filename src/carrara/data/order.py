@@ -9,6 +9,8 @@ from carrara.errors import UserError
 
 _SHARDS, _WINDOW, _SUBSTITUTE, _DECODING, TURNS = range(5)  # what random numbers are for
 
+_NEAR = 3  # attempts at a substitute among shards that are open; one that is all bad must not end a run
+
 
 def _bits(count: int, *key: int) -> NDArray[np.uint64]:
     """(count,) random 64-bit words of this key."""
@@ -67,6 +69,11 @@ class _Epochs:
             self._window = (epoch, w, ids[permutation(len(ids), *self.key, _WINDOW, epoch, w)])
         return self._window[2][within - int(firsts[w]) :]
 
+    def whole_window(self, position: int, stream: "Stream") -> tuple[NDArray[np.int64], int]:
+        """All sample ids of this position's window, and where among them the position is."""
+        rest = self.window(position, stream)
+        return self._window[2], len(self._window[2]) - len(rest)
+
 
 class Stream:
     """The epochs' sequences of eligible sample ids, end to end.
@@ -110,19 +117,26 @@ class Stream:
         """(stop - start,) sample ids at positions start ... stop - 1."""
         parts = [np.empty(0, dtype=np.int64)]
         while start < stop:
-            turn, offset = divmod(start, self._part)
-            batch, g = divmod(turn, len(self._groups))
-            ids = self._groups[g].window(batch * self._part + offset, self)
+            ids = self._group(start).window(self._within(start), self)
             # one group's part ends with its turn, unless there is one group alone
-            end = stop if len(self._groups) == 1 else min(stop, start + self._part - offset)
+            end = stop if len(self._groups) == 1 else min(stop, (start // self._part + 1) * self._part)
             parts.append(ids[: end - start])
             start += len(parts[-1])
         return np.concatenate(parts)
 
-    def ahead(self, position: int) -> NDArray[np.int64]:
-        """The shards that are read after the windows that this position is in, of all groups."""
-        batch = position // (self._part * len(self._groups))
-        return np.concatenate([group.ahead(batch * self._part, self) for group in self._groups])
+    def ahead(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The shards that are read after the windows that positions start ... stop - 1 are in, of their groups."""
+        turns = range(start // self._part, (stop - 1) // self._part + 1)
+        begins = [turn * self._part for turn in turns]
+        return np.concatenate([self._group(begin).ahead(self._within(begin), self) for begin in begins])
+
+    def _group(self, position: int) -> _Epochs:
+        return self._groups[position // self._part % len(self._groups)]
+
+    def _within(self, position: int) -> int:
+        """The position in its group's own sequence."""
+        turn, offset = divmod(position, self._part)
+        return turn // len(self._groups) * self._part + offset
 
     def ids(self, shard: int) -> NDArray[np.int64]:
         """Eligible sample ids of a shard."""
@@ -130,8 +144,14 @@ class Stream:
         return np.flatnonzero(self.eligible[start:stop]) + start
 
     def substitute(self, position: int, attempt: int) -> int:
-        """A sample id in place of the one at this position: any eligible one, by hash."""
-        k = int(_bits(1, self.seed, _SUBSTITUTE, position, attempt)[0]) % len(self)
+        """A sample id in place of the one at this position, by hash: another of its window, whose shards are at hand,
+        and after some attempts any eligible one.
+        """
+        bits = int(_bits(1, self.seed, _SUBSTITUTE, position, attempt)[0])
+        near, here = self._group(position).whole_window(self._within(position), self)
+        if attempt < _NEAR and len(near) > 1:
+            return int(near[(here + 1 + bits % (len(near) - 1)) % len(near)])  # another one, that is
+        k = bits % len(self)
         shard = int(np.searchsorted(self._ends, k, side="right"))
         return int(self.ids(shard)[k - int(self._ends[shard])])
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from carrara.data.decode import DecodeError
 from carrara.data.loader import collate
 from carrara.data.manifest import Manifest
 from carrara.data.reader import TRIES, Decoding, Samples
@@ -122,7 +123,7 @@ class ValidationSet:
         """The sample's JSON, empty if there is none."""
         try:
             facts = json.loads(self._samples.facts(int(self._ids[index])))
-        except ValueError:
+        except (ValueError, RecursionError, DecodeError):  # it may come from anyone
             return {}
         return facts if isinstance(facts, dict) else {}
 

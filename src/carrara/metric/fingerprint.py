@@ -16,6 +16,7 @@ class ScoreFingerprint:
     images and captions. num_real, num_generated: images counted, over all ranks. resize: how
     images came to the extractor's input ("none", "inside", "64 bicubic antialias", ...). sampling (sampler, spacing,
     steps, guidance, ...: plain data), ema (whether averaged weights were used), seed: how they were generated.
+    precision: of the networks that generate and judge ("32-true", "bf16-mixed", ...).
     """
 
     extractors: dict[str, str]
@@ -26,6 +27,7 @@ class ScoreFingerprint:
     sampling: dict[str, Any] | None
     ema: bool | None
     seed: int | None
+    precision: str
 
 
 def score_fingerprint(fields: ScoreFingerprint) -> tuple[str, dict[str, Any]]:
