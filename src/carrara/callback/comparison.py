@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from carrara.callback.score import Setting, prefix
+from carrara.errors import going_on_without
 from carrara.metric.psnr import PSNR
 from carrara.pipeline.pictures import save_grid
 
@@ -52,7 +53,9 @@ class Comparison:
                     captions: list[dict[str, str | bool | None]] = [
                         {"caption": caption, "correct": None} for caption in batch["captions"][:n]
                     ]
-                    save_grid(setting.samples_dir / f"denoising={setting.epoch:04d}.png", tiles, 9, captions)
+                    path = setting.samples_dir / f"denoising={setting.epoch:04d}.png"
+                    with going_on_without(path):
+                        save_grid(path, tiles, 9, captions)
             for key, measure in zip(("noisy_psnr", name), measures, strict=True):
                 scores[f"{prefix(split)}{key}"] = float(measure.compute())
             scores[f"{prefix(split)}num_images"] = float(len(indices))

@@ -6,6 +6,7 @@ import torch
 
 from carrara.callback.generation import PictureScores
 from carrara.callback.score import Setting, prefix
+from carrara.errors import going_on_without
 from carrara.evaluator.clip import CLIP
 from carrara.metric.prompt_accuracy import Check
 from carrara.metric.psnr import PSNR
@@ -72,7 +73,8 @@ class Enlargement:
                     n = min(self.num_previews, len(real))
                     tiles = torch.stack([*pictures.values(), real], dim=1)[:n].flatten(0, 1)
                     path = setting.samples_dir / f"enlarged={setting.epoch:04d}.png"
-                    save_grid(path, tiles, 6, [{"caption": caption, "correct": None} for caption in captions[:n]])
+                    with going_on_without(path):
+                        save_grid(path, tiles, 6, [{"caption": caption, "correct": None} for caption in captions[:n]])
             for way in ways:
                 found = judges[way].compute() | {"psnr": float(psnr[way].compute())}
                 scores |= {f"{prefix(split)}{name}{way}": value for name, value in found.items()}

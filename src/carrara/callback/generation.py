@@ -10,6 +10,7 @@ from torchmetrics import Metric
 
 from carrara.callback.score import Setting, prefix
 from carrara.classifier.cnn import CNN
+from carrara.errors import going_on_without
 from carrara.evaluator.clip import CLIP
 from carrara.metric.clip_score import CLIPScore
 from carrara.metric.extractor import FeatureExtractor, InceptionExtractor, OwnExtractor, distance_names
@@ -181,7 +182,8 @@ class Generation:
         answers = [{}] * len(captions) if self.check is None else self.check(captions, pictures.cpu())
         tiles = [{"caption": c, "correct": answer.get("all")} for c, answer in zip(captions, answers, strict=True)]
         name = "epoch" if split == "held_out" else split
-        save_grid(setting.samples_dir / f"{name}={setting.epoch:04d}.png", pictures, 8, tiles)
-        if split == "held_out" and watch is not None and watch.frames:
-            frames = torch.stack([to_uint8(frame) for frame in watch.frames])
-            save_strip(setting.samples_dir / "strip.png", frames, captions[:STRIP_ROWS], watch.times)
+        with going_on_without(setting.samples_dir):
+            save_grid(setting.samples_dir / f"{name}={setting.epoch:04d}.png", pictures, 8, tiles)
+            if split == "held_out" and watch is not None and watch.frames:
+                frames = torch.stack([to_uint8(frame) for frame in watch.frames])
+                save_strip(setting.samples_dir / "strip.png", frames, captions[:STRIP_ROWS], watch.times)

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from carrara.callback.ema import trainable
-from carrara.callback.json_lines import cut_back
+from carrara.callback.json_lines import append, cut_back
 from carrara.callback.ranks import gather
-from carrara.errors import UserError
+from carrara.errors import UserError, going_on_without
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ class Guard(Callback):
         if trainer.is_global_zero:
             norm = str(float(self.norm))
             line = {"step": self._step, "gradient_norm": norm, "keys": keys}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with going_on_without(self.path):
+                append(self.path, [json.dumps(line)])
             first = next((key for of_rank in keys for key in of_rank), "")
             _log.warning("step %d is left out: its gradient is %s (%s, … in %s)", self._step, norm, first, self.path)
         if self.in_a_row >= self.max_skipped:

@@ -1,5 +1,7 @@
 """A run goes on with what it began with: the same shards in the same order, the same frozen parts."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +10,6 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from carrara.callback.ranks import gather
-from carrara.config import fingerprint
 from carrara.data.manifest import Manifest
 from carrara.data.module import ShardData
 from carrara.errors import UserError
@@ -39,7 +40,7 @@ class Inputs(Callback):
         Raises:
             UserError: on all ranks, which one does and in what.
         """
-        seen = gather(trainer, {key: fingerprint(value) for key, value in _by_key(self.inputs).items()})
+        seen = gather(trainer, {key: _digest(value) for key, value in _by_key(self.inputs).items()})
         for rank, theirs in enumerate(seen):
             differing = [key for key in theirs if theirs[key] != seen[0][key]]
             if differing:
@@ -73,6 +74,10 @@ def _by_key(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """By what a user would look at."""
     shards = {f"data.{key}": value for key, value in inputs["shards"].items()}
     return {**shards, **{f"part.{key}": value for key, value in inputs["parts"].items()}, "data": inputs["data"]}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _shards(manifest: Manifest) -> Shards:

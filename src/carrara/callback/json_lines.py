@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,22 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError):
             continue
         yield row
+
+
+def append(path: Path, lines: Sequence[str]) -> None:
+    """All of the lines at the end of the file; where there is no room for them it is left as it was.
+
+    Raises:
+        OSError: why they could not be written.
+    """
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError:
+        if path.exists():
+            os.truncate(path, before)  # the next line would go on where this one was cut
+        raise
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from carrara.callback.json_lines import rows
-from carrara.errors import UserError
+from carrara.callback.json_lines import append, rows
+from carrara.errors import UserError, going_on_without
 
 _MODES = ("auto", "online", "offline", "disabled")
 
@@ -37,6 +37,7 @@ class JsonLines(Logger):
         self.path = path
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch
+        self._held: list[str] = []  # lines that there was no room for
 
     @property
     def name(self) -> str:
@@ -55,9 +56,10 @@ class JsonLines(Logger):
         assert step is not None
         facts = counters(step, self.batch_size, self.steps_per_epoch)
         values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
-        line = json.dumps(facts | {"time": time.time()} | values)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self._held.append(json.dumps(facts | {"time": time.time()} | values))
+        with going_on_without(self.path):
+            append(self.path, self._held)
+            self._held = []
 
     def scores(self) -> dict[int, dict[str, float]]:
         """What evaluations have logged: step -> scores."""

@@ -7,6 +7,7 @@ from carrara.autoencoder.base import Autoencoder
 from carrara.autoencoder.discrete import Discrete
 from carrara.autoencoder.shrunken import Enlarger
 from carrara.callback.score import Setting, prefix
+from carrara.errors import going_on_without
 from carrara.metric.codebook_use import CodebookUse
 from carrara.metric.prompt_accuracy import Check, PromptAccuracy
 from carrara.metric.psnr import PSNR
@@ -77,4 +78,5 @@ class Reconstruction:
         n = min(self.num_previews, len(images))
         pairs = torch.stack([images[:n], reconstruction[:n]], dim=1).flatten(0, 1)
         path = setting.samples_dir / f"reconstruction={setting.epoch:04d}.png"
-        save_grid(path, pairs, 8, [{"caption": caption, "correct": None} for caption in captions[:n]])
+        with going_on_without(path):
+            save_grid(path, pairs, 8, [{"caption": caption, "correct": None} for caption in captions[:n]])
