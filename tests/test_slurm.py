@@ -20,9 +20,16 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "docs" / "slurm.sh"
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (138, True), (1, False), (2, False), (143, False)])
-def test_a_job_goes_back_into_the_queue_when_its_time_was_up(tmp_path, code, requeued):
-    for name, body in (("srun", f'echo "$@" > args; exit {code}'), ("scontrol", 'echo "$@" > requeued')):
+# told the time is up, srun ends by the run's code, or by that of a task which it has killed
+UP = 'trap "exit {}" USR1; sleep 0.5; kill -USR1 $PPID; for i in $(seq 300); do sleep 0.1; done'
+
+
+@pytest.mark.parametrize("time_is_up", [False, True])
+@pytest.mark.parametrize("code", [0, 1, 2, 137, 138, 143])
+def test_a_job_goes_back_into_the_queue_when_its_time_was_up(tmp_path, code, time_is_up):
+    requeued = time_is_up and code != 0
+    srun = f'echo "$@" > args; {UP.format(code) if time_is_up else f"exit {code}"}'
+    for name, body in (("srun", srun), ("scontrol", 'echo "$@" > requeued')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}

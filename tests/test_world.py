@@ -1,10 +1,13 @@
 import os
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import timedelta
 
 import pytest
 
+from carrara import world as world_module
 from carrara.errors import UserError
 from carrara.world import Relay, World, outside_world
 
@@ -51,7 +54,9 @@ def test_sruns_world_is_written_as_torchruns(monkeypatch, nodes, first):
     assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
 
 
-@pytest.mark.parametrize("changed", [{"SLURM_STEP_ID": "batch"}, {"SLURM_STEP_NUM_TASKS": "1"}])
+@pytest.mark.parametrize(
+    "changed", [{"SLURM_STEP_ID": "batch"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_PTY_PORT": "4711"}]
+)
 def test_a_shell_in_an_allocation_is_alone(changed):
     assert outside_world({**SRUN, **changed}) is None
 
@@ -98,6 +103,44 @@ def test_rank_0_ends_after_the_others_have_heard_so(relays):
 def test_a_dead_rank_is_not_waited_for(relays, monkeypatch):
     monkeypatch.setattr(Relay, "_PATIENCE", timedelta(seconds=0.2))
     relays[0].end()
+
+
+def test_a_rank_whose_run_ends_it_is_not_waited_for(relays):
+    first, second = relays
+    first.send("runs/a")
+
+    def train() -> None:
+        with closing(second.receive()) as folders:
+            for _ in folders:
+                raise SystemExit(138)
+
+    with pytest.raises(SystemExit):
+        train()
+    begun = time.monotonic()
+    first.end(failed=True)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_restart_hears_nothing_of_what_was_said_before(relays, monkeypatch):
+    """torchrun's agent keeps its store."""
+    first, _ = relays
+    first.send("runs/part")
+    store = first._store.underlying_store
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *args, **kwargs: iter([(store, 0, 2)]))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again, other = Relay(World(0, 2, 2)), Relay(World(1, 2, 2))
+    again.send("runs/b")
+    assert next(other.receive()) == "runs/b"
+
+
+def test_ranks_that_never_start_are_told_of(monkeypatch):
+    monkeypatch.setattr(world_module, "_MEETING", timedelta(seconds=0.5))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    with pytest.raises(UserError, match=r"rank 0 has not met all 2 ranks within 0:00:00\.5"):
+        Relay(World(0, 2, 2))
 
 
 def test_the_others_hear_of_a_failure(relays):

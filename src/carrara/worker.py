@@ -119,6 +119,9 @@ def run(folder: Path) -> None:
             trainer.fit(model, loader, ckpt_path=checkpoint, weights_only=True)
     finally:
         loader.close()
+    for logger in trainer.loggers:
+        if isinstance(logger, Wandb):
+            logger.finish()
     if trainer.is_global_zero:
         _log.info("report: %s", write_report(folder).resolve())
 

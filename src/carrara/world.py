@@ -5,7 +5,7 @@ Rank 0 then composes and makes the run's folder; the others learn its path from 
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +13,7 @@ from typing import Any
 
 from carrara.errors import UserError
 
+_MEETING = timedelta(minutes=10)  # for the last of the ranks to start
 _LONG = timedelta(days=14)  # rank 0 may have to wait for a part that another run is training
 
 
@@ -61,7 +62,9 @@ def outside_world(environment: Mapping[str, str] | None = None) -> World | None:
 
 
 def _is_srun(env: Mapping[str, str]) -> bool:
-    """A step of several tasks; the shell of an allocation (no step, or `batch`) starts its own processes."""
+    """A step of several tasks; the shell of an allocation (no step, `batch`, or one with a terminal) starts its own."""
+    if "SLURM_PTY_PORT" in env:  # srun --pty: the other tasks' shells have ended
+        return False
     return env.get("SLURM_STEP_ID", "").isdigit() and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
@@ -94,10 +97,18 @@ class Relay:
     _PATIENCE = timedelta(seconds=10)
 
     def __init__(self, world: World):
-        from torch.distributed import PrefixStore, rendezvous
+        from torch.distributed import DistError, PrefixStore, rendezvous
 
-        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=_LONG))
-        self._store = PrefixStore("carrara", store)
+        try:
+            store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=_MEETING))
+        except DistError as error:
+            raise UserError(
+                f"rank {world.rank} has not met all {world.size} ranks within {_MEETING}: see which of them did not "
+                f"start ({str(error).splitlines()[0]})"
+            ) from None
+        store.set_timeout(_LONG)
+        # torchrun keeps its store over a restart, with what was said before
+        self._store = PrefixStore(f"carrara/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self._world = world
         self._sent = 0
 
@@ -113,21 +124,26 @@ class Relay:
         with suppress(DistError):
             self._store.wait([f"heard {rank}" for rank in range(1, self._world.size)], self._PATIENCE)
 
-    def receive(self) -> Iterator[str]:
+    def receive(self) -> Generator[str]:
         """The runs, as rank 0 names them.
 
         Raises:
             ConnectionError: rank 0 failed; it says itself why.
         """
-        for number in range(1 << 30):
-            word = self._store.get(str(number)).decode()
-            if word.startswith("run "):
-                yield word.removeprefix("run ")
-                continue
-            self._store.set(f"heard {self._world.rank}", "")
-            if word == self._FAILED:
-                raise ConnectionError("rank 0 failed")
-            return
+        from torch.distributed import DistError
+
+        try:
+            for number in range(1 << 30):
+                word = self._store.get(str(number)).decode()
+                if word.startswith("run "):
+                    yield word.removeprefix("run ")
+                    continue
+                if word == self._FAILED:
+                    raise ConnectionError("rank 0 failed")
+                return
+        finally:  # also where a run ends this process: rank 0 need not wait for it
+            with suppress(DistError):
+                self._store.set(f"heard {self._world.rank}", "")
 
     def _set(self, word: str) -> None:
         self._store.set(str(self._sent), word)

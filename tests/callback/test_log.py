@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,43 @@ def test_traps_21_and_22_without_a_key_wandb_is_kept_here_and_all_stands_over_im
     (row,) = [record.history for record in records if record.WhichOneof("record_type") == "history"]
     found = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
     assert (found["train/loss"], found["images_seen"], found["step"], found["epoch"]) == (0.5, 96, 3, 1)
+
+
+WANDB: dict[str, Any] = {"mode": "auto", "project": "carrara", "entity": None, "tags": []}
+
+
+def mirror(folder: Path, **changes: str) -> Wandb:
+    folder.mkdir(exist_ok=True)
+    return Wandb(folder, {"logger": {"wandb": WANDB | changes}, "sweep": None}, 32, 10)
+
+
+def test_a_key_without_a_network_is_kept_here_too(tmp_path, monkeypatch, caplog):
+    """As on most compute nodes; the mirror must not end the run."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+    def login(**settings: object) -> bool:
+        raise wandb.errors.AuthenticationError("the server cannot be reached")
+
+    monkeypatch.setattr(wandb, "login", login)
+    caplog.set_level("INFO", "carrara")
+    mirror(tmp_path / "a")
+    assert "W&B: offline, for an error of its server (the server cannot be reached); later: wandb sync" in caplog.text
+    with pytest.raises(UserError, match=r"logger\.wandb\.mode=online cannot be, for an error of its server"):
+        mirror(tmp_path / "b", mode="online")
+
+
+def test_runs_of_one_process_are_runs_of_their_own(tmp_path, monkeypatch, caplog):
+    """Under torchrun a run's parts are trained in the same process, one by one."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", lambda **settings: False)
+    for name in ("part", "run"):
+        one = mirror(tmp_path / name)
+        one.log_metrics({"train/loss": 0.5}, 3)
+        assert one.experiment.id == (tmp_path / name / "wandb_id.txt").read_text()
+        one.finish()
+        assert "WANDB_MODE" not in os.environ
+    wandb.teardown()
+    assert all(len(list((tmp_path / name).rglob("run-*.wandb"))) == 1 for name in ("part", "run"))
 
 
 def written(path: Path) -> Iterator[Record]:

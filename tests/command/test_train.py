@@ -316,6 +316,19 @@ def test_a_resumed_run_is_dealt_out_by_its_own_batch(conf, started):
     assert started[1] == (folder, 3)
 
 
+def test_more_machines_than_one_have_to_be_started(conf, started, capsys):
+    with pytest.raises(UserError, match=r"trainer\.num_nodes=2: this machine is one; start it with torchrun or srun"):
+        train.main(conf, ["model=autoencoder", "trainer.num_nodes=2"])
+    assert started == []
+    train.main(conf, ["model=autoencoder"])
+    [(folder, _)] = started
+    (folder / "component" / "card.json").unlink()
+    config = load_yaml(folder / "config.yaml")
+    run_folder.save_config(folder, {**config, "trainer": {**config["trainer"], "num_nodes": 4}})
+    train.main(conf, [f"resume={folder}"])  # goes on on one
+    assert load_yaml(folder / "config.yaml")["trainer"]["num_nodes"] == 1
+
+
 def test_a_resumed_run_finds_its_shards_elsewhere(conf, started):
     train.main(conf, ["model=autoencoder"])
     [(folder, _)] = started

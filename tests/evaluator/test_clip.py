@@ -76,7 +76,17 @@ def test_each_picture_and_caption_has_its_own_embedding():
     assert (texts[0] - texts[1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("resolution", "patch"), [(8, 3), (12, 8)])
+@pytest.mark.parametrize(("resolution", "patch"), [(8, 3), (12, 8), (8, 1), (8, 0)])
 def test_patches_must_fit(resolution, patch):
-    with pytest.raises(ValueError, match=rf"patch={patch} must be a power of two that divides {resolution}"):
+    with pytest.raises(ValueError, match=rf"patch={patch} must be a power of two from 2 on that divides {resolution}"):
         ImageTower(resolution, patch, width=16, depth=1, heads=2)
+
+
+def test_the_loss_is_in_float32_under_autocast():
+    """bfloat16 has steps of 1/2 where the logits of a sure model are."""
+    torch.manual_seed(0)
+    image = torch.randn(64, 32)
+    text, log_temperature = image + 0.3 * torch.randn(64, 32), torch.tensor(0.01).log()
+    wanted = info_nce(image, text, log_temperature)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(info_nce(image, text, log_temperature), wanted)

@@ -1,14 +1,17 @@
 """Published folders become components, once; everything that is wrong with one is a line that names file and field."""
 
+import errno
 import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 from carrara.autoencoder.base import Autoencoder
@@ -237,3 +240,24 @@ def test_of_the_hub_only_what_is_needed_is_fetched(saved, tmp_path, monkeypatch,
 def test_without_a_hub_what_to_do_is_said(monkeypatch):
     with pytest.raises(hugging_face.NotFetched, match="hf download owner/name"):
         hugging_face.fetch("owner/name", ["config.json"])
+
+
+@pytest.mark.parametrize("failure", [HTTPError("a proxy refused"), ConnectionError("reset")])
+def test_whatever_breaks_on_the_way_to_the_hub_is_one_line(monkeypatch, failure):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(failure))
+    with pytest.raises(hugging_face.NotFetched, match="hf download owner/name"):
+        hugging_face.fetch("owner/name", ["config.json"])
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left"), PermissionError("the cache")])
+def test_what_is_wrong_with_the_disk_is_not_blamed_on_the_hub(monkeypatch, failure):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raising(failure))
+    with pytest.raises(OSError, match=r"No space left|the cache"):
+        hugging_face.fetch("owner/name", ["config.json"])
+
+
+def raising(failure: Exception) -> Any:
+    def download(*args: object, **kwargs: object) -> None:
+        raise failure
+
+    return download

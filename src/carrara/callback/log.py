@@ -90,12 +90,17 @@ class Wandb(WandbLogger):
         os.environ.setdefault("WANDB_SILENT", "true")  # what is worth saying is said below, once
         if settings["mode"] not in _MODES:
             raise UserError(f"logger.wandb.mode={settings['mode']} is not known; it is one of {', '.join(_MODES)}")
-        mode = os.environ.get("WANDB_MODE") or settings["mode"]
-        online = mode == "online" or (mode == "auto" and wandb.login(prompt=False))
+        self._mode_before = os.environ.get("WANDB_MODE")
+        mode = self._mode_before or settings["mode"]
+        is_first = getattr(rank_zero_only, "rank", 0) == 0  # the others log nothing
+        why_not = _why_not_online() if is_first and mode in ("auto", "online") else ""
+        if mode == "online" and why_not:
+            raise UserError(f"logger.wandb.mode=online cannot be, for {why_not}: see to that, or take auto or offline")
+        online = is_first and mode in ("auto", "online") and not why_not
         identity = folder / "wandb_id.txt"
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if is_first:
             if not online and mode != "disabled":
-                why = ", for want of a key (wandb login)" if mode == "auto" else ""
+                why = f", for {why_not}" if why_not else ""
                 _log.info("W&B: offline%s; later: wandb sync %s/wandb/offline-*", why, folder)
             if not identity.exists():
                 identity.write_text(secrets.token_hex(4))
@@ -126,6 +131,14 @@ class Wandb(WandbLogger):
         values = {name: value for name, value in metrics.items() if name != "epoch"}
         self.experiment.log(facts | values)
 
+    def finish(self) -> None:
+        """Ends W&B's run: another that the same process trains, a part's under torchrun, has one of its own."""
+        if self._experiment is None:
+            return
+        self._experiment.finish()
+        if self._mode_before is None:
+            os.environ.pop("WANDB_MODE", None)  # Lightning's
+
     @rank_zero_only
     def log_pictures(self, paths: list[Path], step: int) -> None:
         """Grids of pictures, each with a table of its captions and of what is right."""
@@ -137,3 +150,11 @@ class Wandb(WandbLogger):
             rows = [[tile["caption"], tile["correct"]] for tile in tiles]
             facts[f"samples/{name}_captions"] = wandb.Table(columns=["caption", "correct"], data=rows)
         self.experiment.log(facts)
+
+
+def _why_not_online() -> str:
+    """What W&B's server cannot be written to for; nothing if it can."""
+    try:
+        return "" if wandb.login(prompt=False) else "want of a key (wandb login)"
+    except wandb.Error as error:  # compute nodes often have a key and no network
+        return f"an error of its server ({' '.join(str(error).split())[:200]})"

@@ -5,7 +5,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -86,6 +86,10 @@ def train(job: Job, start: Start) -> None:
         _show_plan(job.conf_dir, composed)
         return
     check_machine(config["trainer"])
+    if job.world is None and (nodes := config["trainer"]["num_nodes"]) > 1:
+        raise UserError(
+            f"trainer.num_nodes={nodes}: this machine is one; start it with torchrun or srun on all of them"
+        )
     data = build(config["data"])
     # one process makes and scans what is missing
     needed = parts.needed_parts(job.conf_dir, composed, data.fingerprint)
@@ -126,8 +130,9 @@ def _config(job: Job) -> tuple[Config, Path | None]:
     changed = [key for key in given if key not in ("resume", "dry_run", "runs_dir")]
     if run_folder.is_finished(folder) and "trainer.max_steps" not in changed:
         raise UserError(f"{folder} is finished; more trainer.max_steps=… make it longer")
+    changed.append("trainer.num_nodes")  # as many as there are now
     if job.world is not None:
-        changed += ["trainer.devices", "trainer.num_nodes"]
+        changed.append("trainer.devices")
     if "trainer.max_steps" in changed:
         _check_length(folder, config["trainer"]["max_steps"])
     saved = run_folder.continued(run_folder.load_config(folder), config, changed)
@@ -190,8 +195,9 @@ def _train_in_world(conf_dir: Path, overrides: list[str], world: World) -> None:
     worker = importlib.import_module(WORKER)
     if world.rank > 0:
         try:
-            for folder in Relay(world).receive():
-                worker.run(Path(folder))
+            with closing(Relay(world).receive()) as folders:
+                for folder in folders:
+                    worker.run(Path(folder))
         except ConnectionError:
             raise RunFailed(1) from None
         return

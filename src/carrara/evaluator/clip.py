@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara.network.layers import norm_groups
+from carrara.network.layers import norm_groups, without_autocast
 from carrara.network.tokenizer import Tokenizer
 from carrara.network.transformer import EncoderBlock, TextTransformer
 
@@ -24,9 +24,9 @@ class ImageTower(nn.Module):
 
     def __init__(self, resolution: int, patch: int, width: int, depth: int, heads: int):
         super().__init__()
-        levels = int(math.log2(patch))
-        if 2**levels != patch or resolution % patch:
-            raise ValueError(f"evaluator.patch={patch} must be a power of two that divides {resolution}")
+        levels = patch.bit_length() - 1
+        if patch < 2 or 2**levels != patch or resolution % patch:
+            raise ValueError(f"evaluator.patch={patch} must be a power of two from 2 on that divides {resolution}")
         widths = [max(width >> (levels - 1 - level), 16) for level in range(levels)]
         stem: list[nn.Module] = []
         for c_in, c_out in zip([3, *widths], widths, strict=False):
@@ -119,6 +119,7 @@ def info_nce(image: Tensor, text: Tensor, log_temperature: Tensor) -> Tensor:
         Scalar, log(B) for embeddings that tell nothing.
     """
     scale = torch.exp(-log_temperature.clamp_min(math.log(0.01)))
-    logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
+    with without_autocast(image):  # bfloat16 would round logits of 64 to 100 to halves
+        logits = scale * F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T
     labels = torch.arange(len(logits), device=logits.device)
     return 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels))

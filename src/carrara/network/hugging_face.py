@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from carrara.errors import full_disk
+
 EXPORTED = "transformers"
 """The folder in a component in which a part lies in the layout of `transformers`, too."""
 
@@ -39,7 +41,7 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
         NotFetched: there is no such model, it may not be read, or it is not here and cannot be fetched.
     """
     from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 
     weights = [pattern for pattern in patterns if pattern.endswith(".safetensors") and "*" not in pattern]
     try:
@@ -50,7 +52,9 @@ def fetch(name: str, patterns: Sequence[str]) -> Path:
         problem = "the hub wants to know who reads it: accept its terms there and log in with `hf auth login`"
     except (RepositoryNotFoundError, HFValidationError):
         problem = "there is no such folder, and the hub has no such model: name one of them"
-    except OSError:
+    except (OSError, HTTPError) as error:  # of a proxy, say, or of a connection that broke
+        if isinstance(error, OSError) and (full_disk(error) is not None or isinstance(error, PermissionError)):
+            raise
         problem = (
             "there is no such folder, and the hub's model is not on this machine and cannot be fetched: download it "
             f"once with `hf download {name}`, or name a local folder"
