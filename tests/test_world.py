@@ -123,14 +123,16 @@ def test_a_rank_whose_run_ends_it_is_not_waited_for(relays):
 
 def test_a_restart_hears_nothing_of_what_was_said_before(relays, monkeypatch):
     """torchrun's agent keeps its store."""
-    first, _ = relays
-    first.send("runs/part")
-    store = first._store.underlying_store
-    monkeypatch.setattr("torch.distributed.rendezvous", lambda *args, **kwargs: iter([(store, 0, 2)]))
+    stores = [relay._store.underlying_store for relay in relays]  # two: one that waits does nothing else
+    relays[0].send("runs/part")
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda url, rank, *_, **__: iter([(stores[rank], rank, 2)]))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     again, other = Relay(World(0, 2, 2)), Relay(World(1, 2, 2))
-    again.send("runs/b")
-    assert next(other.receive()) == "runs/b"
+    with ThreadPoolExecutor(1) as pool:
+        hearing = pool.submit(next, other.receive())
+        time.sleep(0.3)
+        again.send("runs/b")
+        assert hearing.result(timeout=10) == "runs/b"
 
 
 def test_ranks_that_never_start_are_told_of(monkeypatch):
