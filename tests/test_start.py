@@ -103,6 +103,23 @@ def test_the_network_and_what_was_trained_along_begin_there(trained):
     assert model.predictor.conditioner.tokenizer.trained  # so no other vocabulary is learned
 
 
+def test_a_conditioner_that_reads_the_same_language_model_is_the_same(trained, tmp_path, caplog):
+    """What is exported says which it reads; the run's own node leaves that to its part."""
+    predictor = trained[1]
+    reading = {**TEXT, "model": "runs/components/language_model/component"}
+    node = {"_target_": "carrara.model.conditioned.Conditioned", "network": NETWORK, "conditioner": reading}
+    card = {"fingerprint": "", "data": {}, "scores": {}, "diffusion": FLOW}
+    save_component(tmp_path / "read", "noise_predictor", node, predictor, card)
+    for folder, alike in ((reading["model"], True), ("another", False)):
+        settings = {**config(tmp_path / "read"), "part": {"language_model": folder}}
+        model = model_of(settings)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            begin(settings, model)
+        assert equal(weights(model.predictor.conditioner), weights(predictor.conditioner)) == alike
+        assert ("its conditioner is another one" in caplog.text) != alike
+
+
 def test_without_a_start_nothing_happens():
     model = model_of(config(None))
     before = weights(model)

@@ -94,6 +94,7 @@ def begin(config: Config, model: Model) -> None:
     reference = (config.get("start") or {}).get("network")
     if reference is None:
         return
+    from carrara.build import exported_config
     from carrara.conditioner.pretrained import Pretrained
     from carrara.model.diffusion import DiffusionModel
 
@@ -102,7 +103,7 @@ def begin(config: Config, model: Model) -> None:
     state = read_weights(component)
     whole = component.kind == "noise_predictor"
     conditioner = _below("conditioner.", state) if whole else {}
-    alike = whole and component.config["conditioner"] == config["conditioner"]
+    alike = whole and component.config["conditioner"] == exported_config(config, component.kind)["conditioner"]
     if model.lora is not None and not (alike or isinstance(model.predictor.conditioner, Pretrained)):
         raise UserError(
             f"model.lora leaves the conditioner as it is, and start.network={reference} has none like this run's: take "

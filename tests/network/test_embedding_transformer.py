@@ -129,5 +129,5 @@ def test_every_parameter_learns(network):
 
 @pytest.mark.parametrize("changes", [{"width": 15}, {"heads": 16}])
 def test_impossible_settings(changes):
-    with pytest.raises(ValueError, match=r"network\.width"):
+    with pytest.raises(ValueError, match=r"a width of \d+ is not \d+ heads of 2, 4, 6 … features"):
         made(**changes)
