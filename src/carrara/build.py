@@ -22,7 +22,8 @@ from carrara.diffusion.thresholding import Unbounded
 from carrara.errors import UserError
 from carrara.model.base import Model
 from carrara.model.denoising import DenoisingModel
-from carrara.parts import STAGES, kinds_of
+from carrara.parts import STAGES
+from carrara.parts_composed import kinds_of
 from carrara.pipeline.base import Pipeline
 from carrara.pipeline.denoising import Sampling
 from carrara.run_folder import component_folder, is_finished, load_config

@@ -13,36 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from carrara import run_folder
 from carrara.component import CARD, read_component
-from carrara.config import Composed, Config, compose, fingerprint
-from carrara.config_check import flatten
+from carrara.config import Composed, Config, fingerprint
 from carrara.errors import UserError
 from carrara.parts_check import check_captions, check_interface, check_judge
+from carrara.parts_composed import AUTO, compose_part, kinds_of
 from carrara.start import check_lora, check_start, network_of
 
 if TYPE_CHECKING:
     from carrara.published.folder import Published
 
-AUTO = "auto"
 STAGES = ("small_pictures", "prior")
 """Parts that are whole runs, which know how they are sampled; the rest are components."""
 
-_CARRIED = tuple(
-    f"trainer.{key}" for key in run_folder.OF_THE_MACHINE if not key.startswith(("keep_", "best_"))
-)  # of a part's checkpoints the last one matters
 _NOT_THE_PART = (
     "runs_dir", "resume", "dry_run", "sweep", "logger", "callback", "size", "part", "data",
 )  # fmt: skip
-_KINDS = {
-    "small_pictures": ("noise_predictor",),
-    "prior": ("noise_predictor", "generator"),  # diffusion, autoregression
-    "clip": ("evaluator",),
-}
-_SHARED = {  # settings that a part has from the run that needs it, besides its own architecture's
-    # captions are read alike, and one judges both
-    "small_pictures": ("conditioner", "language_model", "part.language_model", "part.evaluator"),
-    "prior": ("clip", "part.clip"),
-}
-
 _THERE = "a component's folder or a finished run"
 
 _log = logging.getLogger(__name__)
@@ -76,11 +61,6 @@ class Part:
     def is_ready(self) -> bool:
         """Whether the component is there now."""
         return self.folder is not None and (self.folder / CARD).is_file()
-
-
-def kinds_of(part: str) -> tuple[str, ...]:
-    """What kinds of component a part's name asks for: one, except where several models can be it."""
-    return _KINDS.get(part, (part,))
 
 
 def needed_parts(conf_dir: Path, composed: Composed, data_fingerprint: str | None) -> list[Part]:
@@ -245,38 +225,13 @@ def _missing(key: str, reference: str, others: str) -> UserError:
 
 
 def _auto_part(conf_dir: Path, composed: Composed, kind: str, data_fingerprint: str | None) -> Part:
-    own = _compose_part(conf_dir, composed, kind)
+    own = compose_part(conf_dir, composed, kind)
     parts = needed_parts(conf_dir, own, data_fingerprint)
     config = with_parts(own.config, parts)
     if data_fingerprint is None:
         return Part(kind, None, None, config, tuple(parts))
     run = Path(config["runs_dir"]) / "components" / f"{kind}-{_part_fingerprint(config, parts, data_fingerprint)}"
     return Part(kind, run_folder.component_folder(run), run, config, tuple(parts))
-
-
-def _compose_part(conf_dir: Path, composed: Composed, kind: str) -> Composed:
-    """`model=<kind>` on the run's data and size, with its settings of that architecture and of the machine."""
-    config = composed.config
-    nodes: dict[str, Any] = {key: config[key] for key in ("data", "runs_dir", "logger") if key in config}
-    if kind in config:
-        nodes[kinds_of(kind)[0]] = config[kind]
-    known = dict(flatten(config))
-    nodes |= {key: known[key] for key in _SHARED.get(kind, ()) if key in known}
-    if composed.size:
-        nodes["size"] = composed.size
-    if "seed" in nodes.get("data", {}):
-        nodes["data"] = {**nodes["data"], "seed": "${seed}"}  # a part has its own seed
-    for key in _CARRIED:
-        nodes[key] = config["trainer"][key.removeprefix("trainer.")]
-    groups = ("data", "size", "conditioner") if "conditioner" in _SHARED.get(kind, ()) else ("data", "size")
-    choices = [f"{group}={composed.choices[group]}" for group in groups if group in composed.choices]
-    try:
-        return compose(conf_dir, "train", [f"model={kind}", *choices], nodes)
-    except UserError as mistake:
-        raise UserError(
-            f"part.{kind}={AUTO}: python train.py model={kind} says {mistake}; its settings are "
-            f"size.{kind if kind in composed.size else kinds_of(kind)[0]}.… here"
-        ) from None
 
 
 def _part_fingerprint(config: Mapping[str, Any], parts: list[Part], data_fingerprint: str) -> str:

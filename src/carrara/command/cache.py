@@ -17,7 +17,8 @@ from carrara.config import Config, build
 from carrara.data.cached import SUFFIX, Cached, Facts, pack
 from carrara.data.reader import Decoding, Sample
 from carrara.errors import UserError
-from carrara.parts import AUTO, find_component
+from carrara.parts import find_component
+from carrara.parts_composed import AUTO
 from carrara.precision import default_device
 
 
