@@ -71,12 +71,8 @@ def test_every_part_of_the_loss_and_the_run_is_told(tmp_path):
         assert row["images_per_second"] > 0 and math.isfinite(row["train/loss"])
 
 
-def test_the_rate_is_that_of_training_alone(tmp_path, monkeypatch):
-    """By a clock on which a micro-batch takes 1 s and an evaluation 1000 s."""
-    now = [0.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0)
-    monkeypatch.setattr(progress_module, "time", clock)
-    monkeypatch.setattr(evaluation_module, "time", clock)
+def ticking(now: list[float]) -> DiffusionModel:
+    """A model whose micro-batch takes 1 s of the clock."""
     model = diffusion_model()
     step = model.training_step
 
@@ -85,6 +81,16 @@ def test_the_rate_is_that_of_training_alone(tmp_path, monkeypatch):
         return step(batch, batch_idx)
 
     model.training_step = tick  # type: ignore[method-assign]
+    return model
+
+
+def test_the_rate_is_that_of_training_alone(tmp_path, monkeypatch):
+    """By a clock on which a micro-batch takes 1 s and an evaluation 1000 s."""
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0)
+    monkeypatch.setattr(progress_module, "time", clock)
+    monkeypatch.setattr(evaluation_module, "time", clock)
+    model = ticking(now)
 
     def score(model, setting):
         now[0] += 1000
@@ -100,14 +106,7 @@ def test_waiting_for_data_counts(tmp_path, monkeypatch):
     """By a clock on which a batch is waited for 3 s and trained on for 1 s; the wait for the very first is start-up."""
     now = [0.0]
     monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0))
-    model = diffusion_model()
-    step = model.training_step
-
-    def tick(batch, batch_idx):
-        now[0] += 1
-        return step(batch, batch_idx)
-
-    model.training_step = tick  # type: ignore[method-assign]
+    model = ticking(now)
     rows = iter(batches(6).rows)
 
     class Slow(Stream):
