@@ -1,4 +1,6 @@
+import errno
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +117,16 @@ def test_rank_zero_leaves_a_grid_and_the_strip(tmp_path):
     strip = json.loads((tmp_path / "strip.json").read_text())
     assert len(strip["t"]) == 2 and strip["t"][-1] == 0
     assert Image.open(tmp_path / "strip.png").size == (2 * 8, 4 * 8)
+
+
+def test_scores_are_there_without_previews(tmp_path, monkeypatch):
+    """The disk is full; a training does not end of a picture to look at."""
+
+    def save_grid(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("carrara.callback.generation.save_grid", save_grid)
+    assert generation(check=all_red)(model(), setting(16, samples_dir=tmp_path))
 
 
 def test_other_ranks_leave_nothing(tmp_path):

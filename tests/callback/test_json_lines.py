@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 import torch
 
 from carrara.callback.log import JsonLines
+from carrara.callback.reconstruction import Reconstruction
+from carrara.callback.restoration import Restoration
+from carrara.callback.score import Setting
 from carrara.errors import going_on_without
 from carrara.pipeline.pictures import save_grid
+from tests.tiny import autoencoder_model, restoration_model, setting
 
 
 class Full(io.StringIO):
@@ -63,3 +68,19 @@ def test_a_preview_is_left_out_where_there_is_no_room(monkeypatch, caplog):
     assert "/dev/full is not written: the disk is full (No space left on device)" in caplog.text
     with pytest.raises(FileNotFoundError), going_on_without(full):
         save_grid(Path("/proc/none/x.png"), torch.zeros(1, 3, 2, 2, dtype=torch.uint8), 1, [])
+
+
+SCORES: dict[str, Callable[[Setting], dict[str, float]]] = {
+    "comparison": lambda where: Restoration(4, 4, 2)(restoration_model().eval(), where),
+    "reconstruction": lambda where: Reconstruction(4, 4, 2, None)(autoencoder_model().eval(), where),
+}
+
+
+@pytest.mark.parametrize("module", SCORES)
+def test_scores_are_there_without_previews(tmp_path, monkeypatch, module):
+    def save_grid(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(f"carrara.callback.{module}.save_grid", save_grid)
+    with torch.no_grad():
+        assert SCORES[module](setting(16, samples_dir=tmp_path))["val/psnr"] > 0
