@@ -1,7 +1,9 @@
 """The loader on damaged shards, wrong stages and changed files: counted, named, never endless."""
 
+import gc
 import itertools
 import json
+import os
 import pickle
 
 import pytest
@@ -214,6 +216,38 @@ def test_shared_memory_that_is_full_is_told_in_one_line(loader, manifest, monkey
     with pytest.raises(MachineError, match="enlarge /dev/shm"):
         next(iter(loader(manifest, num_workers=1)))
     next(iter(loader(manifest, num_workers=0)))
+
+
+class Ending:
+    """Part of a cycle, so that only the collector ends it; tells which process did."""
+
+    def __init__(self, told):
+        self.told, self.cycle = told, self
+
+    def __del__(self):
+        (self.told / str(os.getpid())).touch()
+
+
+def collect(samples):
+    for sample in samples:
+        gc.collect()
+        yield sample
+
+
+def test_a_worker_does_not_end_what_is_garbage_in_its_rank(loader, manifest, tmp_path):
+    """Such as the iterator of an evaluation that was left: "AssertionError: can only test a child process"."""
+    told = tmp_path / "ended"
+    told.mkdir()
+    one = loader(manifest, stages=[collect], num_workers=1)
+    gc.disable()
+    try:
+        Ending(told)
+        next(iter(one))
+    finally:
+        gc.enable()
+    one.close()
+    gc.collect()
+    assert [path.name for path in told.iterdir()] == [str(os.getpid())]
 
 
 def test_other_errors_in_a_worker_keep_their_traceback():

@@ -1,6 +1,7 @@
 """The processes that decode for a rank: what they are asked for, and how their end is told."""
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -41,12 +42,15 @@ def start(pipeline: Iterable[Batch], num_workers: int, start_method: str | None 
             generator=torch.Generator(),  # of the workers' seeds; else the rank's own would be one number further
             pin_memory=torch.cuda.is_available(),
         )
+    gc.freeze()  # what is garbage here is not for a worker: it would end another iterator's workers, and stumble
     try:
         started = iter(batches)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise MachineError(_NO_SHARED_MEMORY) from None
+    finally:
+        gc.unfreeze()
     for batch in started:
         if isinstance(batch, _Failure):
             raise batch.error
