@@ -14,6 +14,7 @@ from webdataset import WebDataset
 from carrara.autoencoder.kl import KL
 from carrara.cache_use import usable_cache
 from carrara.command import shards
+from carrara.command.train import Job, train
 from carrara.command.train_check import check_cache
 from carrara.component import load_component, save_component
 from carrara.conditioner.pretrained import Pretrained
@@ -369,6 +370,18 @@ def test_the_auto_encoder_of_cached_shards_is_named_before_another_is_trained(ma
     check_cache(run.config, named[:1], there)
     with pytest.raises(UserError, match=r"cache was made with autoencoder="):
         check_cache(run.config, named[1:], there)
+
+
+def test_nothing_is_trained_for_cached_shards_of_another_auto_encoder(make, tmp_path):
+    folder = make(text=False)
+    given = ["data=laion", f"data.resolution={RESOLUTION}", f"data.urls={folder}/*.tar", "data.val_samples=4"]
+    run = compose(CONF, "train", [*given, "part.evaluator=null", "size=demo"])
+    run.config["autoencoder"] = NODE
+    run.config["network"] |= {"in_channels": 4, "resolution": 4}
+    started: list[Path] = []
+    with pytest.raises(UserError, match=r"name theirs with part\.autoencoder=…, or set data\.use_cache=false"):
+        train(Job(CONF, run, ()), lambda folder, devices: started.append(folder))
+    assert started == []
 
 
 def test_what_is_kept_in_memory_is_counted_as_it_is_kept(make, tmp_path):

@@ -85,7 +85,9 @@ class Started(list[tuple[Path, int]]):
             raise self.failure
         component = run_folder.component_folder(folder)
         component.mkdir(exist_ok=True)
-        card = {"kind": "autoencoder", "sha256": "", "steps": load_yaml(folder / "config.yaml")["trainer"]["max_steps"]}
+        config = load_yaml(folder / "config.yaml")
+        kind = "prior" if config["name"] == "prior" else "evaluator" if "evaluator" in config else "autoencoder"
+        card = {"kind": kind, "sha256": "", "steps": config["trainer"]["max_steps"]}
         (component / "card.json").write_text(json.dumps(card))
         (component / "config.yaml").write_text("latent_channels: 3\n")
 
@@ -177,6 +179,15 @@ def test_stages_that_do_not_fit_are_told_before_they_are_trained(overrides, mess
     with pytest.raises(UserError, match=message):
         train.main(ROOT / "conf", [*overrides, "size=demo"])
     assert started == [] and os.listdir() == ["cnn"]
+
+
+def test_a_clip_that_was_trained_to_be_the_evaluator_does_not_judge(started, tmp_path, monkeypatch):
+    """Before they are trained, their components cannot tell that they are one."""
+    monkeypatch.chdir(tmp_path)
+    made = [f"data.make.{name}=4" for name in ("num_train", "num_val", "num_val_seen")]
+    with pytest.raises(UserError, match=r"part\.evaluator=.* is part\.clip, too, which would judge what it has made"):
+        train.main(ROOT / "conf", ["model=dalle2", "size=demo", *made])
+    assert {folder.parent.name for folder in started.folders} == {"components"}
 
 
 def test_a_sweep_makes_a_folder_for_each_run(conf, started):
