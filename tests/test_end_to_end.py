@@ -169,6 +169,25 @@ def test_two_ranks_make_one_run_and_agree(workplace: tuple[Path, Path]) -> None:
     assert moved > 0
 
 
+@pytest.mark.slow
+def test_torchruns_processes_train_the_part_and_then_the_run(workplace: tuple[Path, Path], tmp_path: Path) -> None:
+    cwd, _ = workplace
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py",
+            *TINY, "part.evaluator=null", "logger.wandb.mode=offline", f"runs_dir={tmp_path}/runs",
+        ],
+        cwd=cwd, text=True, capture_output=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folders = [path.parent for path in tmp_path.glob("runs/*/*/metrics.jsonl")]
+    assert sorted(folder.parent.name for folder in folders) == ["components", "latent_unet-shapes"]
+    for folder in folders:
+        assert (folder / "component" / "card.json").is_file()
+        (log,) = folder.glob("wandb/offline-run-*")  # its own
+        assert log.name.endswith((folder / "wandb_id.txt").read_text())
+
+
 def test_ranks_hold_the_same_weights_with_the_shipped_optimizer(
     workplace: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
