@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -16,6 +18,15 @@ def test_it_learns_to_match_a_batch(tmp_path):
     first = model.loss(batch(range(8)))["loss"].item()
     trainer(tmp_path, max_steps=40).fit(model, Stream([batch(range(8))] * 40))
     assert model.loss(batch(range(8)))["loss"].item() < 0.3 * first
+
+
+def test_the_temperature_is_kept_at_a_hundredth_and_comes_back_from_there(tmp_path):
+    """Captions that do not fit their pictures ask for a higher one."""
+    model = evaluator_model(optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-5))
+    model.evaluator.log_temperature.data.fill_(math.log(0.001))
+    wrong = {**batch(range(8)), "captions": batch(range(8))["captions"][::-1]}
+    trainer(tmp_path, max_steps=2).fit(model, Stream([wrong] * 2))
+    assert 0.01 < model.evaluator.log_temperature.exp() < 0.0105
 
 
 def test_the_loss_of_two_ranks_is_the_global_batchs(monkeypatch):

@@ -113,12 +113,12 @@ def info_nce(image: Tensor, text: Tensor, log_temperature: Tensor) -> Tensor:
 
     Args:
         image, text: (B, D) embeddings; row i of one matches row i of the other.
-        log_temperature: scalar; the temperature is kept at 0.01 or more, as in CLIP.
+        log_temperature: scalar.
 
     Returns:
         Scalar, log(B) for embeddings that tell nothing.
     """
-    scale = torch.exp(-log_temperature.clamp_min(math.log(0.01)))
+    scale = torch.exp(-log_temperature)
     with without_autocast(image):  # bfloat16 would round logits of 64 to 100 to halves
         logits = scale * F.normalize(image.float(), dim=1) @ F.normalize(text.float(), dim=1).T
     labels = torch.arange(len(logits), device=logits.device)

@@ -1,7 +1,9 @@
 """Training the evaluator."""
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from carrara.evaluator.clip import CLIP, info_nce
@@ -9,7 +11,9 @@ from carrara.model.base import Model, OptimizerFactory
 
 
 class EvaluatorModel(Model):
-    """Symmetric InfoNCE over the whole global micro-batch of all ranks (Radford et al. 2021).
+    """Symmetric InfoNCE over the whole global micro-batch of all ranks; the temperature is kept at 0.01 or more.
+
+    Radford et al. 2021, section 2.5.
 
     Args:
         evaluator: what is trained.
@@ -33,6 +37,11 @@ class EvaluatorModel(Model):
     @property
     def hot(self) -> list[nn.Module]:
         return [self.evaluator.image_tower, self.evaluator.text_tower]
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Cut where it is kept, as a clamp within the loss would hold it there: it has no slope beyond."""
+        self.evaluator.log_temperature.clamp_(min=math.log(0.01))
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         image = self.evaluator.embed_images(self.images(batch)).float()
