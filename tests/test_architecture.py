@@ -7,6 +7,7 @@ from carrara.architecture import check_fit, check_trained, meta_modules, optimiz
 from carrara.config import build, compose
 from carrara.errors import UserError
 from carrara.network.caption_mean import CaptionMean
+from tests import tiny
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -174,11 +175,27 @@ def test_a_network_that_does_not_fit_is_refused(key):
         check_fit(config, meta_modules(config)[0])
 
 
-@pytest.mark.parametrize("key", ["in_channels=4", "context_width=77"])
-def test_a_restoration_that_does_not_fit_pictures_is_refused(key):
-    config = compose(CONF, "train", ["model=restoration", f"network.{key}"]).config
-    with pytest.raises(UserError, match=r"does not fit latents of \(3, 32, 32\)"):
-        check_fit(config, meta_modules(config)[0])
+@pytest.mark.parametrize(
+    ("network", "problem"),
+    [
+        (tiny.unet(), r"UNet\.forward\(\) missing .* 'time' and 'conditioning'"),
+        (torch.nn.Conv2d(4, 3, 1), "channel"),
+        (torch.nn.Conv2d(3, 4, 1), r"it answers with \(4, 32, 32\)"),
+    ],
+)
+def test_a_restoration_that_does_not_fit_pictures_is_refused(network, problem):
+    sizes = ["data.bucket_aspect=2", "data.bucket_multiple=16"]
+    config = compose(CONF, "train", ["model=restoration", *sizes]).config
+    with pytest.raises(UserError, match=rf"does not restore pictures of \(3, \d+, \d+\) \(.*{problem}"):
+        check_fit(config, {"network": network.to("meta")})
+    check_fit(config, meta_modules(config)[0])
+
+
+def test_a_network_with_other_inputs_predicts_no_noise():
+    config = compose(CONF, "train", ["model=pixel_unet"]).config
+    modules = meta_modules(config)[0] | {"network": tiny.drunet().to("meta")}
+    with pytest.raises(UserError, match=r"does not fit .*forward\(\) takes 2 positional arguments"):
+        check_fit(config, modules)
 
 
 @pytest.mark.parametrize("key", ["patch=3", "in_channels=5", "context_width=77", "pooled_width=7"])

@@ -25,11 +25,11 @@ def pictures(split: Any, count: int) -> tuple[torch.Tensor, list[str]]:
     ]
 
 
-def train(corruption: Corruption, target: Any, residual: bool = False) -> RestorationModel:
+def train(corruption: Corruption, target: Any, residual: bool = True) -> RestorationModel:
     torch.manual_seed(0)
     images, keys = pictures("train", TRAIN)
     model = tiny.restoration_model(
-        network=tiny.unet(channels=[32, 64], attention=[False, True], learned_positions=False, residual=residual),
+        network=tiny.drunet(channels=[32, 64], num_blocks=2, residual=residual),
         corruption=corruption,
         target=target,
         optimizer=partial(tiny.Muon, lr=4e-3, momentum=0.95, betas=(0.9, 0.98), weight_decay=0.0),

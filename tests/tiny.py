@@ -47,6 +47,7 @@ from carrara.model.vae import VAEModel
 from carrara.network.autoregressive import TextImageTransformer
 from carrara.network.discriminator import Discriminator
 from carrara.network.dit import DiT
+from carrara.network.drunet import DRUNet
 from carrara.network.generator import Generator
 from carrara.network.pyramid import Pyramid
 from carrara.network.tarflow import FlowBlock, TarFlow
@@ -128,6 +129,10 @@ def unet(**changes: Any) -> UNet:
         "learned_positions": True,
     }
     return UNet(**settings | changes)
+
+
+def drunet(**changes: Any) -> DRUNet:
+    return DRUNet(**{"channels": [8, 16], "num_blocks": 1, "residual": True} | changes)
 
 
 def dit(**changes: Any) -> DiT:
@@ -433,8 +438,7 @@ def language_model_model(objective: str, **changes: Any) -> LanguageModelModel:
 
 def restoration_model(**changes: Any) -> RestorationModel:
     settings: dict[str, Any] = {
-        "network": unet(learned_positions=False),
-        "conditioner": Unconditional(8),
+        "network": drunet(),
         "corruption": Gaussian(0.3, 0),
         "target": "noisy",
         "versions": "two",

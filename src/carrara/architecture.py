@@ -1,12 +1,12 @@
 """A run's architectures on PyTorch's meta device: what they are and whether they fit, without memory or data."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import hydra.utils
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from carrara.autoencoder.base import Autoencoder
 from carrara.autoencoder.identity import Identity
@@ -83,9 +83,10 @@ def check_fit(config: Config, modules: Mapping[str, nn.Module]) -> None:
     if config["data"]["resolution"] % (factor := config["model"].get("factor", 1)):
         raise UserError(f"model.factor={factor} does not divide data.resolution={config['data']['resolution']}")
     if "corruption" in config:
-        autoencoder: nn.Module = Identity()  # pictures are restored as they are
-    elif "autoencoder" in modules and ("diffusion" in config or isinstance(modules.get("network"), TarFlow)):
-        autoencoder = modules["autoencoder"]
+        _check_restoration(config, modules)
+        return
+    if "autoencoder" in modules and ("diffusion" in config or isinstance(modules.get("network"), TarFlow)):
+        autoencoder: nn.Module = modules["autoencoder"]
     else:
         if isinstance(modules.get("network"), Generator | Variational):
             _check_generator(config, modules)
@@ -118,6 +119,15 @@ def _check_downsampling(autoencoder: Autoencoder, key: str, pixels: int) -> None
         )
 
 
+def _check_restoration(config: Config, modules: Mapping[str, nn.Module]) -> None:
+    data = config["data"]
+    for height, width in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):
+        shape = (3, height, width)
+        problem = _of_answer(lambda: modules["network"](torch.empty(1, *shape, device="meta")), shape)
+        if problem is not None:
+            raise UserError(f"network: it does not restore pictures of {shape} ({problem}); network=drunet does")
+
+
 def _check_generator(config: Config, modules: Mapping[str, nn.Module]) -> None:
     network, conditioner, data = modules["network"], modules["conditioner"], config["data"]
     assert isinstance(network, Generator | Variational) and isinstance(conditioner, Conditioner)
@@ -145,12 +155,17 @@ def _problem(network: nn.Module, inputs: tuple[tuple[int, ...], ...], shape: tup
         mask = torch.ones(1, 2, dtype=torch.bool)
         texts = Conditioning(torch.empty(1, 2, width), mask, torch.empty(1, width))
         conditioning = texts.with_picture(torch.empty(1, 3, *shape[1:]), torch.empty(1))  # for networks that take one
-        try:
-            answer = network(*(torch.empty(1, *one) for one in inputs), conditioning)
-            answer = tuple((answer[0] if isinstance(answer, tuple) else answer).shape[1:])  # a flow's has its log-det.
-        except (RuntimeError, ValueError) as mistake:
-            return str(mistake).partition("\n")[0].rstrip(".")
-    return None if answer == shape else f"it answers with {answer}"
+        return _of_answer(lambda: network(*(torch.empty(1, *one) for one in inputs), conditioning), shape)
+
+
+def _of_answer(call: Callable[[], Tensor | tuple[Tensor, ...]], shape: tuple[int, ...]) -> str | None:
+    """Why a call fails, or what else than one sample of this shape is answered; None if nothing is wrong."""
+    try:
+        answer = call()
+    except (RuntimeError, ValueError, TypeError) as mistake:  # TypeError: of a network with other inputs
+        return str(mistake).partition("\n")[0].rstrip(".")
+    found = tuple((answer[0] if isinstance(answer, tuple) else answer).shape[1:])  # a flow's has its log-determinant
+    return None if found == shape else f"it answers with {found}"
 
 
 def optimizer_bytes(model: nn.Module) -> int:

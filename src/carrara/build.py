@@ -203,7 +203,7 @@ def _wanted(factory: Callable[..., Any], available: Mapping[str, Any]) -> dict[s
 def exported_config(config: Config, kind: str) -> Config:
     """The node a run's exported part is built from."""
     if kind not in CONDITIONED:
-        return dict(config[kind])
+        return dict(config["network" if kind == "restoration" else kind])
     return {
         "_target_": "carrara.model.conditioned.Conditioned",
         "network": config["network"],

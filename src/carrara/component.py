@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONFIG, WEIGHTS, CARD = "config.yaml", "weights.safetensors", "card.json"
-CONDITIONED = ("noise_predictor", "generator", "restoration")
+CONDITIONED = ("noise_predictor", "generator")
 """Kinds that are a network and a conditioner."""
-_PACKAGES = dict.fromkeys(CONDITIONED, ("model", "network", "conditioner"))
+_PACKAGES = {"restoration": ("network",)} | dict.fromkeys(CONDITIONED, ("model", "network", "conditioner"))
 """Of other kinds it is the kind's own."""
 
 

@@ -89,9 +89,7 @@ class Louder(Corruption):
 @pytest.mark.parametrize("size", [2, 6])
 def test_a_photograph_has_the_error_of_all_its_tiles(size, monkeypatch):
     monkeypatch.setattr(noise2noise_photographs, "BATCH", size)
-    model = tiny.restoration_model(
-        network=tiny.unet(learned_positions=False, residual=True), corruption=Louder(0)
-    ).eval()
+    model = tiny.restoration_model(corruption=Louder(0)).eval()
     noisy, made = photographs_psnr(model, cast(ValidationSet, Tiles()))
     errors = (4 + 16 + 36) / 3, (64 + 100 + 144) / 3
     assert noisy == made == pytest.approx(sum(10 * math.log10(255**2 / error) for error in errors) / 2)

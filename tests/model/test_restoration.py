@@ -12,9 +12,8 @@ from carrara.component import load_component, save_component
 from carrara.corruption.base import Corruption, as_stored
 from carrara.corruption.noise import Gaussian, Poisson
 from carrara.corruption.text import Text
-from carrara.model.conditioned import Conditioned
 from carrara.model.restoration import RestorationModel, masked_pixels, restored, without
-from tests.tiny import awake, batch, restoration_model, unet
+from tests.tiny import awake, batch, drunet, restoration_model
 
 
 class Linear(nn.Module):
@@ -24,7 +23,7 @@ class Linear(nn.Module):
         super().__init__()
         self.map = nn.Conv2d(3, 3, 1)
 
-    def forward(self, x: Tensor, time: Tensor, conditioning: object) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.map(x)
 
 
@@ -36,8 +35,7 @@ class Constant(nn.Module):
         self.value = nn.Parameter(torch.zeros(()))
         self.shown = torch.zeros(())
 
-    def forward(self, x: Tensor, time: Tensor, conditioning: object) -> Tensor:
-        assert not time.any()
+    def forward(self, x: Tensor) -> Tensor:
         self.shown = x.detach().clone()
         return torch.zeros_like(x) + self.value
 
@@ -45,7 +43,7 @@ class Constant(nn.Module):
 class Shown(nn.Module):
     """What it is shown."""
 
-    def forward(self, x: Tensor, time: Tensor, conditioning: object) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x
 
 
@@ -262,22 +260,12 @@ def test_a_masked_pixel_is_filled_from_around_it():
 def test_what_is_exported_restores_as_the_model_does(tmp_path):
     model = restoration_model()
     awake(model)
-    settings = {
-        "resolution": 8, "channels": [8, 16], "attention": [False, True], "num_blocks": 1, "depth": 1, "heads": 2,
-        "expansion": 2, "context_width": 8, "pooled_width": 8, "qk_norm": True, "learned_positions": False,
-        "in_channels": 3,
-    }  # fmt: skip
-    config = {
-        "network": {"_target_": "carrara.network.unet.UNet", **settings},
-        "conditioner": {"_target_": "carrara.conditioner.text.Unconditional", "width": 8},
-    }
-    assert unet(**settings).state_dict().keys() == model.restoration.network.state_dict().keys()
+    node = {"_target_": "carrara.network.drunet.DRUNet", "channels": [8, 16], "num_blocks": 1, "residual": True}
     save_component(
-        tmp_path / "part", model.kind, exported_config(config, model.kind), model.exported,
+        tmp_path / "part", model.kind, exported_config({"network": node}, model.kind), model.exported,
         {"fingerprint": "", "data": {}, "scores": {}},
     )  # fmt: skip
     loaded, _ = load_component(tmp_path / "part", "restoration")
-    assert isinstance(loaded, Conditioned)
     noisy = torch.rand(2, 3, 8, 8) * 2 - 1
     with torch.no_grad():
         assert torch.equal(restored(loaded, noisy), restored(model.restoration.eval(), noisy))
@@ -285,5 +273,5 @@ def test_what_is_exported_restores_as_the_model_does(tmp_path):
 
 def test_a_network_that_adds_to_its_pixels_cannot_be_trained_blind():
     with pytest.raises(ValueError, match=r"model\.target=self goes with network\.residual=false"):
-        restoration_model(target="self", network=unet(learned_positions=False, residual=True))
-    restoration_model(target="noisy", network=unet(learned_positions=False, residual=True))
+        restoration_model(target="self", network=drunet())
+    restoration_model(target="self", network=drunet(residual=False))

@@ -56,13 +56,6 @@ def test_it_gives_the_shape_of_its_input():
     assert model(x, torch.tensor([1.0, 2.0]), conditioning()).shape == x.shape
 
 
-def test_a_residual_is_added_to_what_is_given():
-    network, (x, time), told = awake(unet()), inputs(), conditioning()
-    residual = unet(residual=True)
-    residual.load_state_dict(network.state_dict())
-    assert torch.equal(residual(x, time, told), x + network(x, time, told))
-
-
 def test_learned_positions_tell_pixels_apart():
     """Attention alone does not: whatever order the pixels are in, each gets the same answer."""
     x, text = torch.randn(1, 8, 4, 4), conditioning(1)

@@ -136,7 +136,6 @@ def test_all_that_has_no_place_is_named_at_once(parts, tmp_path):
             "learned_positions": True,
             "pooled_width": 8,
             "expansion": 2,
-            "residual": True,
         },
         autoencoder={"patch": 2, "downsampling": 4, "channels": [48, 96]},
         diffusion={
@@ -148,7 +147,6 @@ def test_all_that_has_no_place_is_named_at_once(parts, tmp_path):
         export_pipeline(tmp_path / "x", config, build(config["network"]), tiny.text(), build(config["autoencoder"]))
     for needed in (
         "network.learned_positions=false", "network.qk_norm=false", "network.pooled_width=0", "network.expansion=4",
-        "network.residual=false",
         "network.channels in multiples of 64", "autoencoder.patch=1", "autoencoder.channels in multiples of 64",
         "conditioner=clip or open_clip", "diffusion/schedule=linear", "diffusion/parameterization=epsilon, v or x0",
     ):  # fmt: skip

@@ -17,7 +17,6 @@ from carrara.corruption.base import Corruption
 from carrara.data.cached import Facts
 from carrara.data.reader import Decoding, Sample
 from carrara.errors import UserError
-from carrara.model.conditioned import Conditioned
 from carrara.model.restoration import restored
 from carrara.parts import find_component
 from carrara.pipeline.pictures import to_uint8
@@ -36,16 +35,11 @@ def restore(order: Config) -> None:
         raise UserError("part.restoration=…: the part or run of model=restoration that restores the pictures")
     folder = find_component(str(order["part"]["restoration"]), "restoration", Path(order["runs_dir"]))
     data = source(order)
-    config = read_component(folder).config
-    trained = config["network"].get("resolution", data.decoding.resolution)
-    if trained != data.decoding.resolution:
-        raise UserError(f"{folder} restores pictures of {trained} × {trained}: pass data.resolution={trained}")
-    part = load_component(folder, "restoration")[0].to(default_device())
-    assert isinstance(part, Conditioned)
+    network = load_component(folder, "restoration")[0].to(default_device())
     facts = {"restoration": read_component(folder).card["sha256"]}
 
     def pictures(images: Tensor, samples: list[Sample]) -> Tensor:
-        return restored(part, images)
+        return restored(network, images)
 
     rewrite(data, Path(order["out"]), _anew(pictures), order["batch_size"], _facts(order, facts, data.decoding))
 

@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from carrara.conditioner.base import Conditioner
 from carrara.corruption.base import Corruption, as_stored
 from carrara.model.base import Model, OptimizerFactory
-from carrara.model.conditioned import Conditioned
 
 Target = Literal["noisy", "clean", "self"]
 Versions = Literal["two", "new"]
@@ -27,8 +25,7 @@ class RestorationModel(Model):
     Without it from the start a small network learned less (`experiments/README.md`).
 
     Args:
-        network: network(x, time, conditioning) -> like x, at time 0.
-        conditioner: of the empty caption.
+        network: noisy pictures (B, 3, H, W) in [−1, 1] -> restored ones.
         corruption: what makes the noisy versions.
         target: `noisy`: the other version. `clean`: the picture itself. `self`: the shown version itself at masked
             pixels, which the network does not see. It needs noise that is independent from pixel to pixel: of text,
@@ -47,7 +44,6 @@ class RestorationModel(Model):
     def __init__(
         self,
         network: nn.Module,
-        conditioner: Conditioner,
         corruption: Corruption,
         target: Target,
         versions: Versions,
@@ -62,14 +58,14 @@ class RestorationModel(Model):
             raise ValueError(
                 "model.target=self goes with network.residual=false: what is added to a pixel leaves its noise in it"
             )
-        self.restoration = Conditioned(network, conditioner)
+        self.restoration = network
         self.corruption = corruption
         self.target = target
         self.versions = versions
 
     @property
     def hot(self) -> list[nn.Module]:
-        return [self.restoration.network]
+        return [self.restoration]
 
     def loss(self, batch: dict[str, Any], u: Tensor | None = None) -> dict[str, Tensor]:
         clean = self.images(batch)
@@ -104,10 +100,9 @@ class RestorationModel(Model):
         return self.corruption.distance(answer, noisy) - taken_off * self.corruption.excess(answer)
 
 
-def restored(part: Conditioned, noisy: Tensor) -> Tensor:
-    """What a trained part makes of noisy pictures (B, 3, H, W) in [−1, 1]: as many, float32."""
-    time = torch.zeros(len(noisy), device=noisy.device)
-    return part.network(noisy, time, part.conditioner([""] * len(noisy))).float()
+def restored(network: nn.Module, noisy: Tensor) -> Tensor:
+    """What a network makes of noisy pictures (B, 3, H, W) in [−1, 1]: as many, float32."""
+    return network(noisy).float()
 
 
 def masked_pixels(u: Tensor, height: int, width: int) -> Tensor:

@@ -100,8 +100,6 @@ class UNet(nn.Module):
         qk_norm: normalise the queries and keys of the attention (Stable Diffusion does not).
         learned_positions: add a learned position to each pixel before attention. The resolution is then fixed.
         checkpointing: recompute stages in the backward pass instead of keeping their activations.
-        residual: answer with x and what is to be added to it (Zhang et al. 2017, "Beyond a Gaussian denoiser", section
-            3.2), where x is all but the answer.
     """
 
     def __init__(
@@ -120,7 +118,6 @@ class UNet(nn.Module):
         learned_positions: bool,
         picture_channels: int = 0,
         checkpointing: bool = False,
-        residual: bool = False,
     ):
         super().__init__()
         if len(channels) != len(attention):
@@ -133,7 +130,6 @@ class UNet(nn.Module):
         self.in_channels = in_channels
         self.context_width = context_width
         self.checkpointing = checkpointing
-        self.residual = residual
         width = 4 * channels[0]
         self.time_embedding = nn.Sequential(nn.Linear(channels[0], width), nn.SiLU(), nn.Linear(width, width))
         self.pooled_embedding = nn.Linear(pooled_width, width) if pooled_width else None
@@ -182,7 +178,6 @@ class UNet(nn.Module):
         self.conv_out = zero_(nn.Conv2d(current, in_channels, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        given = x
         embedding = self.time_embedding(self._features(time))
         if self.pooled_embedding is not None:
             embedding = embedding + self.pooled_embedding(conditioning.pooled)
@@ -210,8 +205,7 @@ class UNet(nn.Module):
                 x = self._run(stage, torch.cat([x, skips.pop()], dim=1), embedding, *text)
             if level < len(self.upsample):
                 x = self.upsample[level](x)
-        answer = self.conv_out(nn.functional.silu(self.norm_out(x)))
-        return given + answer if self.residual else answer
+        return self.conv_out(nn.functional.silu(self.norm_out(x)))
 
     def _features(self, time: Tensor) -> Tensor:
         """Of times (B,) on the scale of 0…1000."""

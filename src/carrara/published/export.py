@@ -88,8 +88,6 @@ def _of_network(node: Mapping[str, Any], network: nn.Module) -> list[str]:
         return ["network=unet"]
     wanted = {"learned_positions": False, "qk_norm": False, "pooled_width": 0, "expansion": 4}
     problems = [f"network.{key}={str(value).lower()}" for key, value in wanted.items() if node[key] != value]
-    if network.residual:
-        problems.append("network.residual=false")
     if len(published_unet.norm_groups_of(network)) > 1:
         problems.append("network.channels in multiples of 64")
     return problems
