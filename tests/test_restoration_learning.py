@@ -1,6 +1,6 @@
 """What a restoration must have learned: networks trained here on 8 × 8 shapes for half a minute each."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,20 +16,21 @@ from carrara.model.restoration import RestorationModel
 from tests import tiny
 
 pytestmark = pytest.mark.slow
-STEPS, BATCH, TRAIN, TEST = 250, 32, 3000, 256
+STEPS, BATCH, TRAIN, TEST = 800, 128, 51_200, 256
 
 
+@cache
 def pictures(split: Any, count: int) -> tuple[torch.Tensor, list[str]]:
     return torch.from_numpy(shapes.examples(0, split, range(count), resolution=8).images), [
         f"{split}/{k}" for k in range(count)
     ]
 
 
-def train(corruption: Corruption, target: Any, residual: bool = True) -> RestorationModel:
+def train(corruption: Corruption, target: Any, residual: bool) -> RestorationModel:
     torch.manual_seed(0)
     images, keys = pictures("train", TRAIN)
     model = tiny.restoration_model(
-        network=tiny.drunet(channels=[32, 64], num_blocks=2, residual=residual),
+        network=tiny.drunet(channels=[16, 32], residual=residual),
         corruption=corruption,
         target=target,
         optimizer=partial(tiny.Muon, lr=4e-3, momentum=0.95, betas=(0.9, 0.98), weight_decay=0.0),
@@ -76,21 +77,15 @@ def psnr(model: RestorationModel) -> tuple[float, float]:
 @pytest.mark.parametrize("corruption", [Gaussian(0.4, 0), Text(0.25, 0)], ids=["gaussian", "text"])
 def test_noisy_targets_teach_nearly_as_much_as_clean_ones(corruption: Corruption) -> None:
     """Noise in the targets is noise in the gradient, which so short a training does not average out."""
-    shown, clean = psnr(train(corruption, "clean"))
-    _, noisy = psnr(train(corruption, "noisy"))
-    _, blind = psnr(train(corruption, "self"))
+    shown, clean = psnr(train(corruption, "clean", residual=True))
+    _, noisy = psnr(train(corruption, "noisy", residual=True))
+    _, blind = psnr(train(corruption, "self", residual=False))
     assert clean > shown + 5
     assert noisy > clean - 0.8
     assert noisy > blind + 1
 
 
 @pytest.mark.parametrize("corruption", [Gaussian(0.4, 0), Text(0.25, 0)], ids=["gaussian", "text"])
-def test_a_network_that_adds_to_the_picture_restores_it_too(corruption: Corruption) -> None:
-    shown, noisy = psnr(train(corruption, "noisy", residual=True))
+def test_a_network_that_draws_pictures_anew_restores_them_too(corruption: Corruption) -> None:
+    shown, noisy = psnr(train(corruption, "noisy", residual=False))
     assert noisy > shown + 5
-
-
-def test_under_text_it_learns_sooner() -> None:
-    """Most pixels are right as they are."""
-    text = Text(0.25, 0)
-    assert psnr(train(text, "clean", residual=True))[1] > psnr(train(text, "clean"))[1] + 1
