@@ -19,7 +19,7 @@ from carrara.autoencoder.kl import KL
 from carrara.autoencoder.vq import VQ
 from carrara.callback.score import Setting
 from carrara.classifier.cnn import CNN
-from carrara.conditioner.text import Text, Unconditional
+from carrara.conditioner.text import Text
 from carrara.corruption.noise import Gaussian
 from carrara.data.validation import ValidationSet
 from carrara.diffusion.guidance import Guidance
@@ -132,7 +132,8 @@ def unet(**changes: Any) -> UNet:
 
 
 def drunet(**changes: Any) -> DRUNet:
-    return DRUNet(**{"channels": [8, 16], "num_blocks": 1, "residual": True} | changes)
+    settings: dict[str, Any] = {"channels": [8, 16], "num_blocks": 1, "residual": True}
+    return DRUNet(**settings | changes)
 
 
 def dit(**changes: Any) -> DiT:

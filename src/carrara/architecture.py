@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import hydra.utils
@@ -123,7 +124,7 @@ def _check_restoration(config: Config, modules: Mapping[str, nn.Module]) -> None
     data = config["data"]
     for height, width in bucket_sizes(data["resolution"], data["bucket_aspect"], data["bucket_multiple"]):
         shape = (3, height, width)
-        problem = _of_answer(lambda: modules["network"](torch.empty(1, *shape, device="meta")), shape)
+        problem = _of_answer(partial(modules["network"], torch.empty(1, *shape, device="meta")), shape)
         if problem is not None:
             raise UserError(f"network: it does not restore pictures of {shape} ({problem}); network=drunet does")
 

@@ -49,10 +49,10 @@ def test_a_large_picture_is_restored_as_its_parts_are():
 @torch.no_grad()
 def test_levels_are_reached_by_a_transposed_convolution():
     upsample = drunet(channels=[8, 16]).upsample[0]
-    matrix = upsample[0].weight[:, :, 0, 0]  # (4 · 8, 16)
-    kernel = matrix.reshape(8, 2, 2, 16).permute(3, 0, 1, 2)
+    state = upsample.state_dict()
+    kernel = state["0.weight"].reshape(8, 2, 2, 16).permute(3, 0, 1, 2)
     x = torch.randn(2, 16, 5, 6)
-    expected = F.conv_transpose2d(x, kernel, stride=2) + upsample[0].bias.reshape(8, 2, 2).repeat(1, 5, 6)
+    expected = F.conv_transpose2d(x, kernel, stride=2) + state["0.bias"].reshape(8, 2, 2).repeat(1, 5, 6)
     torch.testing.assert_close(upsample(x), expected)
 
 

@@ -25,8 +25,8 @@ class DRUNet(nn.Module):
     """Noisy pictures (B, 3, H, W) -> as many, of any height and width.
 
     A U-Net of residual blocks without norms or attention (Zhang et al. 2021, "Plug-and-play image restoration with
-    deep denoiser prior", section 3.1); their channels are [64, 128, 256, 512] and num_blocks 4. Unlike theirs it is told no
-    level of noise, and has biases: text has colours of its own.
+    deep denoiser prior", section 3.1); their channels are [64, 128, 256, 512], their num_blocks is 4. Unlike theirs it
+    is told no level of noise, and has biases: text has colours of its own.
 
     Args:
         channels: width of each level, finest first; each level halves the resolution of the one before.
