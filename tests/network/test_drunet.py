@@ -74,3 +74,9 @@ def test_all_but_the_first_and_the_last_layer_take_muons_step():
     ends = {id(network.conv_in.weight), id(network.conv_out.weight)}
     assert {id(p) for p in other if p.ndim > 1} == ends
     assert len(muon) == len([p for p in network.parameters() if p.ndim > 1]) - 2
+
+
+@pytest.mark.parametrize("settings", [{"channels": []}, {"num_blocks": 0}])
+def test_without_levels_or_blocks_it_says_so(settings):
+    with pytest.raises(ValueError, match=r"network\.channels=.* and network\.num_blocks=.*needs a level"):
+        drunet(**settings)

@@ -39,6 +39,10 @@ class DRUNet(nn.Module):
 
     def __init__(self, channels: list[int], num_blocks: int, residual: bool):
         super().__init__()
+        if not channels or num_blocks < 1:
+            raise ValueError(
+                f"network.channels={channels} and network.num_blocks={num_blocks}: it needs a level, and a block in it"
+            )
         self.residual = residual
         steps = list(pairwise(channels))  # to a level from the one above it
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
